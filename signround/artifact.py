@@ -1,0 +1,289 @@
+"""The artifact: a quantised checkpoint on disk, written block by block, each file whole or absent.
+
+    artifact/
+      manifest.json            schema, plan, calibration hash, sha256 of every finished file
+      blocks/00000.safetensors codes and fields of each linear, plus the block's norms and biases
+      blocks/00000.json        how the block's tuning went (times; the only file that differs between equal runs)
+      outer/*.safetensors      embedding, final norm, head: one file each
+      model/                   config.json and tokenizer files
+      calibration.safetensors  the tokens that were used
+
+A linear's parts are stored as `<weight name>.codes` (uint8 [rows, columns]) and `<weight name>.<field>`
+(`Grid.layout`). The manifest is the only truth: a file that it does not name, with its hash, does not exist.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from signround.errors import FailedError, refuse
+from signround.files import disk_errors, sha256_of, sha256_of_json, write_json, written_whole
+from signround.plan import KeptTensor, LayerPlan, ModelPlan
+from signround.qtensor import QuantizedTensor
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENS = "calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """How the tuning of one block went; losses as in `events.BlockTuned`."""
+
+    index: int
+    seconds: float
+    loss_rounded: float
+    loss_tuned: float
+    kept: dict[str, str]
+    peak_rss_bytes: int
+    peak_device_bytes: int
+
+
+def is_artifact(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def block_file(index: int) -> str:
+    return f"blocks/{index:05d}.safetensors"
+
+
+def outer_file(name: str) -> str:
+    return f"outer/{name}.safetensors"
+
+
+class QuantizedCheckpoint:
+    """Lazy reader of a finished artifact. Raises RefusedError when the folder holds none, or an unfinished one."""
+
+    def __init__(self, folder: str | Path, *, allow_unfinished: bool = False) -> None:
+        self.folder = Path(folder)
+        if not is_artifact(self.folder):
+            inner = self.folder / "artifact"
+            hint = f"give {inner}" if is_artifact(inner) else "give the artifact/ folder that `signround quantize` wrote"
+            raise refuse("the folder holds no signround artifact (no manifest.json)", hint, str(folder))
+        self.manifest = _read_manifest(self.folder)
+        if not (self.manifest["complete"] or allow_unfinished):
+            raise refuse(
+                "the artifact is not finished",
+                "run the same `signround quantize` command again, it continues",
+                str(folder),
+            )
+
+    @cached_property
+    def plan(self) -> ModelPlan:
+        return ModelPlan.from_json(self.manifest["plan"], self.manifest["model"], self.folder / "model")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over plan and every finished file: equal fingerprints mean equal tuned models."""
+        return sha256_of_json([self.manifest["plan"], self.manifest["files"]])
+
+    @cached_property
+    def layers(self) -> dict[str, LayerPlan]:
+        """Weight name -> plan of every quantised linear, in model order."""
+        return {layer.name: layer for layer in self.plan.layers()}
+
+    @cached_property
+    def kept(self) -> dict[str, KeptTensor]:
+        """Name -> plan of every tensor that was carried unchanged."""
+        return {kept.name: kept for kept in self.plan.kept()}
+
+    @cached_property
+    def _file_of(self) -> dict[str, str]:
+        files = {kept.name: outer_file(kept.name) for kept in self.plan.outer}
+        for block in self.plan.blocks:
+            for part in (*block.layers, *block.kept):
+                files[part.name] = block_file(block.index)
+        return files
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The integers and fields of linear `name`; one tensor is read."""
+        grid = self.layers[name].grid
+        layout = grid.layout(self.layers[name].rows, self.layers[name].columns)
+        parts = self._read(name, ["codes", *layout])
+        return QuantizedTensor(grid, parts.pop("codes"), parts)
+
+    def tensor(self, name: str) -> Tensor:
+        """The kept tensor `name` in its own dtype."""
+        return self._read(name, [""])[""]
+
+    def weight(self, name: str) -> Tensor:
+        """float32: the decoded weight of a linear, or a kept tensor."""
+        return self.quantized(name).decode() if name in self.layers else self.tensor(name).float()
+
+    def records(self) -> list[BlockRecord]:
+        """How each finished block was tuned."""
+        paths = [self.folder / block_file(block.index) for block in self.plan.blocks]
+        return [BlockRecord(**json.loads(path.with_suffix(".json").read_text())) for path in paths if path.is_file()]
+
+    def damaged(self) -> list[str]:
+        """Files whose bytes are not those of the manifest (missing ones included)."""
+        return [name for name, digest in self.manifest["files"].items() if not _intact(self.folder / name, digest)]
+
+    def _read(self, name: str, parts: list[str]) -> dict[str, Tensor]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / self._file_of[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {part: file.get_tensor(f"{name}.{part}" if part else name).clone() for part in parts}
+        except (OSError, SafetensorError) as error:
+            raise FailedError(
+                f"{path}: cannot be read ({str(error).splitlines()[0]}); "
+                "run the `signround quantize` command that made it again, it repairs the artifact."
+            ) from error
+
+
+class ArtifactWriter:
+    """Writes an artifact block by block; opened again on the same plan it knows what is already there.
+
+    Raises RefusedError when the folder holds something else, another plan (both fingerprints are named), or is in use.
+    """
+
+    def __init__(self, folder: Path, plan: ModelPlan, model_files: list[Path]) -> None:
+        self.folder = folder
+        self.plan = plan
+        if folder.exists() and not folder.is_dir():
+            raise refuse("a file of this name exists where a folder is needed", "choose another -o folder", str(folder))
+        if folder.is_dir() and any(folder.iterdir()) and not is_artifact(folder) and not (folder / ".lock").exists():
+            raise refuse(
+                "the folder holds something that is not a signround artifact",
+                "choose an empty or new -o folder",
+                str(folder),
+            )
+        if is_artifact(folder):
+            self.manifest = _read_manifest(folder)
+            self._same_plan()
+        else:
+            self.manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "model": plan.model,
+                "plan": plan.identity,
+                "calibration": None,
+                "files": {},
+                "complete": False,
+            }
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(folder)
+            (folder / "model").mkdir(exist_ok=True)
+            for path in model_files:
+                target = folder / "model" / path.name
+                if not target.exists():
+                    with written_whole(target) as temporary:
+                        shutil.copyfile(path, temporary)
+        self._save_manifest()
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _same_plan(self) -> None:
+        theirs, ours = sha256_of_json(self.manifest["plan"]), self.plan.fingerprint
+        if theirs == ours:
+            return
+        old, new = self.manifest["plan"], self.plan.identity
+        differing = [key for key in new if old.get(key) != new[key]]
+        raise refuse(
+            f"the folder holds an artifact of another job (fingerprint {theirs[:12]}, this one is {ours[:12]}; "
+            f"they differ in {', '.join(differing)})",
+            "choose another -o folder, or delete this one to start again",
+            str(self.folder),
+        )
+
+    def set_calibration(self, record: Mapping[str, Any]) -> None:
+        """Note source, tokens and sha256 of the calibration; refuse when the folder was begun with other tokens."""
+        known = self.manifest["calibration"]
+        if known is not None and known["sha256"] != record["sha256"]:
+            raise refuse(
+                f"the folder was begun with other calibration tokens (sha256 {known['sha256'][:12]}, "
+                f"these have {record['sha256'][:12]})",
+                "choose another -o folder, or delete this one to start again",
+                str(self.folder),
+            )
+        self.manifest["calibration"] = dict(record)
+        self._save_manifest()
+
+    def has_block(self, index: int) -> bool:
+        """Whether block `index` is finished and undamaged."""
+        return self._has(block_file(index))
+
+    def commit_block(
+        self,
+        index: int,
+        quantized: Mapping[str, QuantizedTensor],
+        kept: Mapping[str, Tensor],
+        record: BlockRecord,
+    ) -> None:
+        """Write one finished block; when this returns, a kill loses nothing of it."""
+        tensors = dict(kept)
+        for name, tensor in quantized.items():
+            tensors[f"{name}.codes"] = tensor.codes
+            tensors |= {f"{name}.{field}": value for field, value in tensor.fields.items()}
+        write_json((self.folder / block_file(index)).with_suffix(".json"), asdict(record))
+        self._commit(block_file(index), tensors)
+
+    def commit_outer(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor outside the blocks, unless it is there already."""
+        if not self._has(outer_file(name)):
+            self._commit(outer_file(name), {name: tensor})
+
+    def finish(self) -> QuantizedCheckpoint:
+        """Mark the artifact complete."""
+        self.manifest["files"] = dict(sorted(self.manifest["files"].items()))
+        self.manifest["complete"] = True
+        self._save_manifest()
+        return QuantizedCheckpoint(self.folder)
+
+    def _has(self, name: str) -> bool:
+        digest = self.manifest["files"].get(name)
+        return digest is not None and _intact(self.folder / name, digest)
+
+    def _commit(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        path = self.folder / name
+        with written_whole(path) as temporary:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+            digest = sha256_of(temporary)
+        self.manifest["files"][name] = digest
+        self._save_manifest()
+
+    def _save_manifest(self) -> None:
+        write_json(self.folder / MANIFEST, self.manifest)
+
+
+def _intact(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_of(path) == digest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        version = manifest["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise refuse("manifest.json is damaged", "delete the folder and start again", str(folder)) from error
+    if version != SCHEMA_VERSION:
+        raise refuse(
+            f"the artifact has schema {version}, this release reads {SCHEMA_VERSION}",
+            "use the release that wrote it, or make it again",
+            str(folder),
+        )
+    return manifest
+
+
+def _locked(folder: Path) -> IO[str]:
+    lock = open(folder / ".lock", "w")  # noqa: SIM115  # held until close()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise refuse("another signround run is writing to this folder", "wait for it, or choose another", str(folder)) from error
+    return lock

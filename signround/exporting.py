@@ -1,0 +1,135 @@
+"""What the pipeline asks of an exporter, and how it finds one. The exporters themselves live in another room.
+
+A third party ships one class that fits `Exporter` and one line of packaging:
+
+    [project.entry-points."signround.exporters"]
+    myformat = "my_package:MyExporter"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from signround.artifact import QuantizedCheckpoint
+from signround.errors import Refusal, refuse
+from signround.events import Listener
+from signround.plan import ModelPlan
+from signround.qtensor import QuantizedTensor
+
+GROUP = "signround.exporters"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What an exporter wrote. `target` is the path a user gives to the runtime (a file or a folder); `kept_dtype` is
+    the dtype that unquantised matrices were stored in (None: each in its own, so nothing was lost)."""
+
+    format: str
+    target: Path
+    files: tuple[Path, ...]
+    kept_dtype: torch.dtype | None = None
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Lays out the bits of an artifact for one runtime. Never rounds; never sees a float weight of a quantised layer.
+
+    An exporter is a frozen dataclass whose fields are its options, so that every option has a type and a default.
+    """
+
+    @property
+    def name(self) -> str:
+        """The word after `--to`, and the name of the output folder."""
+        ...
+
+    @property
+    def zero_floor(self) -> int:
+        """The lowest zero point that the format can hold; the tuner keeps to it (GPTQ v1: 1)."""
+        ...
+
+    def refusals(self, plan: ModelPlan) -> list[Refusal]:
+        """Every reason why this plan cannot be written, all at once, before any work."""
+        ...
+
+    def notes(self, plan: ModelPlan) -> list[str]:
+        """What the user should know before the work: containers that grow, loaders that will refuse the file."""
+        ...
+
+    def estimated_bytes(self, plan: ModelPlan) -> int:
+        """Size of the files to come, within a few per cent."""
+        ...
+
+    def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
+        """Write into the folder `out` (whole or absent). Raises FailedError when the disk is full."""
+        ...
+
+    def opened(self, target: Path) -> ExportedModel:
+        """Describe files written earlier, from the files alone. Raises RefusedError when they are not ours to read."""
+        ...
+
+    def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
+        """Parse our own file again: (weight name of the checkpoint, integers and fields)."""
+        ...
+
+    def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model as a reader that is not ours decodes it: (checkpoint name, float32 tensor in the
+        checkpoint's orientation and row order). Quantised and kept tensors alike; a tied head is left out."""
+        ...
+
+
+def available_exporters() -> dict[str, type[Exporter]]:
+    """Name -> class of every installed exporter, in alphabetical order. A broken plug-in raises its own ImportError."""
+    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    return {entry.name: entry.load() for entry in found}
+
+
+def make_exporters(names: Sequence[str], options: Mapping[str, Mapping[str, str]] | None = None) -> list[Exporter]:
+    """Exporters by name, each with its options (strings are converted to the type of the default).
+
+    Raises RefusedError for an unknown name or option, an option of a format that is not asked for, and a bad value.
+    """
+    classes = available_exporters()
+    options = options or {}
+    for name in [*names, *options]:
+        if name not in classes:
+            raise refuse(
+                f"format {name!r} is not known; installed are {', '.join(classes)}", "choose one of them", "--to"
+            )
+    unused = [name for name in options if name not in names]
+    if unused:
+        raise refuse(f"an option for {unused[0]} is given, but {unused[0]} is not exported", "add it with --to", "--set")
+    return [_configured(name, classes[name], options.get(name, {})) for name in dict.fromkeys(names)]
+
+
+def _configured(name: str, kind: type[Any], options: Mapping[str, str]) -> Exporter:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, text in options.items():
+        if key not in fields:
+            allowed = ", ".join(fields) or "none"
+            raise refuse(f"{name} has no option {key!r}; its options are: {allowed}", "choose one of them", "--set")
+        default = fields[key].default
+        try:
+            values[key] = _parsed(text, default)
+        except ValueError as error:
+            raise refuse(
+                f"{name}.{key} needs a {type(default).__name__}, got {text!r}", "give such a value", "--set"
+            ) from error
+    exporter: Exporter = kind(**values)
+    return exporter
+
+
+def _parsed(text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return type(default)(text)

@@ -1,0 +1,236 @@
+"""The grid: which real numbers a quantised weight may take. The only rounding in the project.
+
+Four verbs and no others, all differentiable through straight-through estimators:
+
+    fit     range of each group          -> real scale (and minimum)
+    snap    real scale (and minimum)     -> fields, each exactly what a file can hold
+    codes   weight, fields, offset V     -> integer codes
+    decode  codes, fields                -> weight, in the runtime's order of operations (bit-exact with it)
+
+Two choices tell all grids apart: how scales are stored (`direct`: one fp16 a group; two-level: a small integer a group
+times one fp16 a super-block) and what zero means (`centre`: a constant; `point`: a stored integer; `minimum`: a stored
+float that is subtracted). The grid knows neither file formats nor models.
+
+Tensors inside the grid are grouped: a weight [rows, columns] becomes [rows, groups, group] (`grouped`), the last group
+padded with zeros when the row is ragged. Fields travel as float32 tensors that hold exactly storable values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Zero = Literal["centre", "point", "minimum"]
+Fields = Mapping[str, Tensor]
+HALF_MAX = 65504.0
+
+
+def straight_through(value: Tensor, stored: Tensor) -> Tensor:
+    """`stored` in the forward pass, the gradient of `value` in the backward pass."""
+    return value + (stored - value).detach()
+
+
+def round_through(value: Tensor) -> Tensor:
+    """Round half to even, with a straight-through gradient."""
+    return straight_through(value, value.round())
+
+
+def half_through(value: Tensor) -> Tensor:
+    """Round to IEEE fp16 (subnormals kept, overflow saturated), with a straight-through gradient."""
+    return straight_through(value, value.clamp(-HALF_MAX, HALF_MAX).half().float())
+
+
+def safe_reciprocal(value: Tensor) -> Tensor:
+    """1 / value, and 0 where value is 0; unlike `where(d == 0, 0, 1 / d)` its gradient has no NaN."""
+    zero = value == 0
+    return torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, value))
+
+
+def grouped(weight: Tensor, group: int) -> Tensor:
+    """[rows, columns] -> [rows, ceil(columns / group), group]; a ragged last group is padded with zeros."""
+    rows, columns = weight.shape
+    padding = -columns % group
+    if padding:
+        weight = torch.nn.functional.pad(weight, (0, padding))
+    return weight.reshape(rows, -1, group)
+
+
+def ungrouped(blocks: Tensor, columns: int) -> Tensor:
+    """The inverse of `grouped`: [rows, groups, group] -> [rows, columns]."""
+    return blocks.flatten(-2)[:, :columns]
+
+
+@dataclass(frozen=True)
+class SuperBlock:
+    """Two-level scales: `groups` groups share one fp16, each keeps an integer of `bits` bits (signed or not)."""
+
+    bits: int
+    groups: int
+    signed: bool
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A set of representable weights: `bits`-bit codes in groups of `group` inputs (None: one group a row).
+
+    `code_min` is the lowest code in use (1 keeps q8_0 within -127..127); `zero_floor` the lowest stored zero point
+    (1 for GPTQ v1, which cannot hold 0; research: three incompatible encodings of 0 exist).
+    """
+
+    bits: int
+    group: int | None
+    zero: Zero = "centre"
+    code_min: int = 0
+    zero_floor: int = 0
+    super_block: SuperBlock | None = None
+
+    # ---- shape
+
+    @property
+    def code_max(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def centre(self) -> int:
+        return int(2 ** (self.bits - 1))
+
+    def group_of(self, columns: int) -> int:
+        """Inputs in one group for rows of `columns` weights."""
+        return self.group or columns
+
+    def groups_of(self, columns: int) -> int:
+        return -(-columns // self.group_of(columns))
+
+    def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """Shape and dtype of every stored field, `codes` excluded."""
+        groups = self.groups_of(columns)
+        fields: dict[str, tuple[tuple[int, int], torch.dtype]] = {}
+        floats = ("scale", "minimum") if self.zero == "minimum" else ("scale",)
+        for name in floats:
+            if self.super_block is None:
+                fields[name] = ((rows, groups), torch.float16)
+            else:
+                integer = torch.int8 if self.super_block.signed else torch.uint8
+                fields[f"{name}_super"] = ((rows, groups // self.super_block.groups), torch.float16)
+                fields[f"{name}_sub"] = ((rows, groups), integer)
+        if self.zero == "point":
+            fields["zero_point"] = ((rows, groups), torch.uint8)
+        return fields
+
+    def ragged(self, columns: int) -> bool:
+        """Whether a row of `columns` weights leaves the last group (or super-block) incomplete."""
+        block = self.group_of(columns) * (self.super_block.groups if self.super_block else 1)
+        return columns % block != 0
+
+    # ---- the four verbs
+
+    def fit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Real scale and minimum that span [low, high] of each group; low <= 0 <= high, both [rows, groups].
+
+        `centre`: full-range symmetric with a signed scale (SignRound's default, from llama.cpp's Q4_0): the end of
+        larger magnitude lies exactly on code 0, whichever its sign, so all 2^bits codes are used.
+        """
+        if self.zero == "centre":
+            if self.code_min:
+                return torch.maximum(high, -low) / (self.centre - self.code_min), None
+            return torch.where(high > -low, high, low) / -self.centre, None
+        if self.zero == "point" and self.zero_floor:
+            # The lowest zero point must stay within the range, or the upper end would be clipped.
+            low = torch.minimum(low, -high * self.zero_floor / (self.code_max - self.zero_floor))
+        return (high - low) / self.code_max, -low
+
+    def snap(self, scale: Tensor, minimum: Tensor | None) -> dict[str, Tensor]:
+        """Round real scale and minimum [rows, groups] to what a file can hold."""
+        fields = self._snap_level("scale", scale)
+        if self.zero == "minimum":
+            assert minimum is not None
+            fields |= self._snap_level("minimum", minimum)
+        elif self.zero == "point":
+            assert minimum is not None
+            zero = round_through(minimum * safe_reciprocal(fields["scale"]))
+            fields["zero_point"] = zero.clamp(self.zero_floor, self.code_max)
+        return fields
+
+    def codes(self, weight: Tensor, fields: Fields, offset: Tensor | float = 0.0) -> Tensor:
+        """Codes (float, integral) of a grouped weight; `offset` is V, added before rounding, in units of a step."""
+        scale, zero = self._scale_and_zero(fields)
+        inverse = safe_reciprocal(scale)
+        level = (weight + zero) * inverse if self.zero == "minimum" else weight * inverse
+        rounded = round_through(level + offset)
+        if self.zero != "minimum":
+            rounded = rounded + zero
+        return rounded.clamp(self.code_min, self.code_max)
+
+    def decode(self, codes: Tensor, fields: Fields) -> Tensor:
+        """Grouped codes -> grouped float32 weights, in the order of operations that the runtimes use."""
+        scale, zero = self._scale_and_zero(fields)
+        if self.zero == "minimum":
+            return scale * codes - zero
+        return scale * (codes - zero)
+
+    # ---- parts
+
+    def _snap_level(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        level = self.super_block
+        if level is None:
+            return {name: half_through(value)}
+        blocks = value.unflatten(-1, (-1, level.groups))
+        if level.signed:
+            extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / level.low
+        else:
+            extreme = blocks.amax(-1, keepdim=True) / level.high
+        shared = half_through(extreme)
+        small = round_through(blocks * safe_reciprocal(shared)).clamp(level.low, level.high)
+        return {f"{name}_super": shared.squeeze(-1), f"{name}_sub": small.flatten(-2)}
+
+    def _level(self, name: str, fields: Fields) -> Tensor:
+        """The float32 value of a stored level, [rows, groups, 1]."""
+        if self.super_block is None:
+            return fields[name].float().unsqueeze(-1)
+        small = fields[f"{name}_sub"].float().unflatten(-1, (-1, self.super_block.groups))
+        return (fields[f"{name}_super"].float().unsqueeze(-1) * small).flatten(-2).unsqueeze(-1)
+
+    def _scale_and_zero(self, fields: Fields) -> tuple[Tensor, Tensor]:
+        scale = self._level("scale", fields)
+        if self.zero == "minimum":
+            return scale, self._level("minimum", fields)
+        if self.zero == "point":
+            return scale, fields["zero_point"].float().unsqueeze(-1)
+        return scale, torch.full((), float(self.centre), device=scale.device)
+
+    # ---- as a value
+
+    def bits_per_weight(self, columns: int) -> float:
+        """Stored bits a weight, fields included, before any container's padding."""
+        stored = sum(
+            shape[1] * torch.empty(0, dtype=dtype).element_size() * 8
+            for name, (shape, dtype) in self.layout(1, columns).items()
+            if not name.endswith(("_sub", "zero_point"))
+        )
+        groups = self.groups_of(columns)
+        if self.super_block is not None:
+            stored += self.super_block.bits * groups * (2 if self.zero == "minimum" else 1)
+        if self.zero == "point":
+            stored += self.bits * groups
+        return self.bits + stored / columns
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Grid:
+        """Inverse of `to_json`; unknown fields are errors (TypeError)."""
+        level = data.get("super_block")
+        return Grid(**{**data, "super_block": SuperBlock(**level) if level else None})

@@ -1,0 +1,260 @@
+"""The plan: which tensor gets which grid, what is kept and why. Made before any work; JSON; fingerprinted.
+
+`ModelPlan.identity` is what decides the artifact's bytes; its hash is the fingerprint that a resumed run must match.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from signround.architecture import BLOCK, HEAD, Architecture, read_architecture
+from signround.checkpoint import SourceCheckpoint
+from signround.errors import Refusal, RefusedError
+from signround.files import sha256_of_json
+from signround.formats import grid_for
+from signround.grid import Grid
+from signround.recipes import TuningSettings
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear: weight name, shape [rows = out_features, columns = in_features], its grid and the reason for it."""
+
+    name: str
+    rows: int
+    columns: int
+    grid: Grid
+    reason: str
+
+
+@dataclass(frozen=True)
+class KeptTensor:
+    """A tensor that goes through unchanged, in its own dtype (a torch name: bfloat16, float16, float32)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[self.dtype]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One decoder block."""
+
+    index: int
+    layers: tuple[LayerPlan, ...]
+    kept: tuple[KeptTensor, ...]
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Where the calibration tokens come from: `source` is "self", "hub:NAME" or "file"; `sha256` names the file's
+    bytes ("" for self and hub), so that a moved file is the same calibration and an edited one is not."""
+
+    source: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The whole job on one model. `files` is the folder that holds config.json and the tokenizer files."""
+
+    model: str
+    source_sha256: str
+    parameters: int
+    scheme: str
+    config: Mapping[str, Any]
+    blocks: tuple[BlockPlan, ...]
+    outer: tuple[KeptTensor, ...]
+    skipped: Mapping[str, str]
+    tuning: TuningSettings
+    calibration: CalibrationSpec
+    files: Path
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return read_architecture(self.config)
+
+    def layers(self) -> Iterator[LayerPlan]:
+        """Every quantised linear, block by block."""
+        for block in self.blocks:
+            yield from block.layers
+
+    def kept(self) -> Iterator[KeptTensor]:
+        """Every tensor that stays as it is: outer tensors, then block by block."""
+        yield from self.outer
+        for block in self.blocks:
+            yield from block.kept
+
+    def bits_per_weight(self) -> float:
+        """Average stored bits over the quantised linears."""
+        weights = sum(layer.rows * layer.columns for layer in self.layers())
+        bits = sum(layer.rows * layer.columns * layer.grid.bits_per_weight(layer.columns) for layer in self.layers())
+        return bits / weights
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the artifact's bytes, as JSON values."""
+        data = dataclasses.asdict(self)
+        for transient in ("model", "files"):
+            data.pop(transient)
+        return {"plan_version": PLAN_VERSION, **_plain(data)}
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256_of_json(self.identity)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], model: str, files: Path) -> ModelPlan:
+        """Inverse of `identity`. Raises ValueError for a plan of another version."""
+        if data.get("plan_version") != PLAN_VERSION:
+            raise ValueError(f"plan version {data.get('plan_version')!r}, this release reads {PLAN_VERSION}")
+        return ModelPlan(
+            model=model,
+            source_sha256=data["source_sha256"],
+            parameters=data["parameters"],
+            scheme=data["scheme"],
+            config=data["config"],
+            blocks=tuple(
+                BlockPlan(
+                    index=block["index"],
+                    layers=tuple(
+                        LayerPlan(**{**layer, "grid": Grid.from_json(layer["grid"])}) for layer in block["layers"]
+                    ),
+                    kept=tuple(_kept(entry) for entry in block["kept"]),
+                )
+                for block in data["blocks"]
+            ),
+            outer=tuple(_kept(entry) for entry in data["outer"]),
+            skipped=data["skipped"],
+            tuning=TuningSettings(**data["tuning"]),
+            calibration=CalibrationSpec(**data["calibration"]),
+            files=files,
+        )
+
+
+def _kept(entry: Mapping[str, Any]) -> KeptTensor:
+    return KeptTensor(entry["name"], tuple(entry["shape"]), entry["dtype"], entry["reason"])
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, mappings to dicts: exactly what json would give back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def make_plan(
+    checkpoint: SourceCheckpoint,
+    scheme: str,
+    tuning: TuningSettings,
+    calibration: CalibrationSpec,
+    zero_floor: int = 0,
+) -> ModelPlan:
+    """Match the checkpoint against its architecture, tensor by tensor, and give every linear its grid.
+
+    `zero_floor` is the highest lowest zero point among the wanted exporters. Raises RefusedError with every missing,
+    unknown or misshapen tensor.
+    """
+    architecture = read_architecture(checkpoint.config)
+    grid = grid_for(scheme, zero_floor)
+    reason = f"scheme {scheme}" + (f", zero point >= {zero_floor} for GPTQ" if grid.zero_floor else "")
+    blocks = tuple(
+        BlockPlan(
+            index,
+            tuple(
+                LayerPlan(name, rows, columns, grid, reason + _ragged_note(grid, columns))
+                for name, (rows, columns) in architecture.block_linears(index).items()
+            ),
+            tuple(_keep(checkpoint, name, shape) for name, shape in architecture.block_kept(index).items()),
+        )
+        for index in range(architecture.layers)
+    )
+    outer = tuple(_keep(checkpoint, name, shape) for name, shape in architecture.outer().items())
+    plan = ModelPlan(
+        model=checkpoint.folder.resolve().name,
+        source_sha256=checkpoint.sha256,
+        parameters=checkpoint.parameters,
+        scheme=scheme,
+        config=checkpoint.config,
+        blocks=blocks,
+        outer=outer,
+        skipped=_skipped(checkpoint, architecture),
+        tuning=tuning,
+        calibration=calibration,
+        files=checkpoint.folder,
+    )
+    refusals = _mismatches(checkpoint, plan)
+    if refusals:
+        raise RefusedError(refusals)
+    return plan
+
+
+def _ragged_note(grid: Grid, columns: int) -> str:
+    if not grid.ragged(columns):
+        return ""
+    return f"; last group of each row holds {columns % grid.group_of(columns)} of {grid.group_of(columns)} inputs"
+
+
+def _keep(checkpoint: SourceCheckpoint, name: str, shape: tuple[int, ...]) -> KeptTensor:
+    info = checkpoint.tensors.get(name)
+    dtype = str(info.dtype).removeprefix("torch.") if info else "missing"
+    if name.endswith(".bias"):
+        reason = "biases are not quantised"
+    elif "norm" in name:
+        reason = "norms are not quantised"
+    else:
+        reason = "embeddings and head keep their precision"
+    return KeptTensor(name, shape, dtype, reason)
+
+
+def _skipped(checkpoint: SourceCheckpoint, architecture: Architecture) -> dict[str, str]:
+    skipped = {
+        name: "positions are computed from config.json"
+        for name in checkpoint.tensors
+        if name.endswith("rotary_emb.inv_freq")
+    }
+    if architecture.tied and HEAD in checkpoint.tensors:
+        skipped[HEAD] = "tied: the head is the embedding (tie_word_embeddings)"
+    return skipped
+
+
+def _mismatches(checkpoint: SourceCheckpoint, plan: ModelPlan) -> list[Refusal]:
+    wanted: dict[str, tuple[int, ...]] = {layer.name: (layer.rows, layer.columns) for layer in plan.layers()}
+    wanted |= {kept.name: kept.shape for kept in plan.kept()}
+    refusals = []
+    for name, shape in wanted.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            problem = f"the tensor is missing, {plan.architecture.family.hf_class} needs it"
+        elif info.shape != shape:
+            problem = f"shape is {list(info.shape)}, config.json says {list(shape)}"
+        else:
+            continue
+        refusals.append(Refusal(problem, "download the checkpoint again", name))
+    blocks = BLOCK.format(plan.architecture.layers)
+    for name in checkpoint.tensors.keys() - wanted.keys() - plan.skipped.keys():
+        hint = f" (config.json says {plan.architecture.layers} blocks)" if name.startswith(blocks) else ""
+        refusals.append(
+            Refusal(
+                f"a tensor that {plan.architecture.family.hf_class} does not have{hint}",
+                "check that config.json and weights belong together",
+                name,
+            )
+        )
+    return refusals

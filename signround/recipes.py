@@ -1,0 +1,133 @@
+"""How hard to tune: the named recipes and the settings of one run. Values with their sources; chosen by measurement.
+
+The paper's defaults (arXiv 2309.05516 v5; AutoRound 0.16): 200 steps, batch 8, 128 samples, lr 1/steps falling linearly
+to 0. The draft (v1): 400 steps, lr 2.5e-3, no range tuning, float inputs, 512 samples of 512 tokens.
+docs/decisions.md holds the measurements behind the recipes of each device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from signround.errors import refuse
+
+Method = Literal["signround", "signround-400", "rtn"]
+Device = Literal["cpu", "cuda"]
+METHODS: tuple[Method, ...] = ("signround", "signround-400", "rtn")
+RECIPES = ("fast", "default", "best")
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """Everything that decides the integers, besides the model, the scheme and the tokens.
+
+    `samples` sequences of `seqlen` tokens, `held_out` of them kept back to choose the best step; `learning_rate` in
+    units of a quantisation step; `compute` is the dtype of the matrix products; `start` is where tuning begins:
+    "range" (min/max, as the paper) or "search" (activation-weighted search of each group's scale first).
+    """
+
+    method: Method
+    recipe: str
+    iters: int
+    learning_rate: float
+    batch_size: int
+    samples: int
+    held_out: int
+    seqlen: int
+    seed: int
+    device: Device
+    compute: Literal["bf16", "fp32"]
+    start: Literal["range", "search"]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# (iters, samples, held_out, seqlen) a recipe and device; batch is 8 everywhere, as in the paper.
+_EFFORT: dict[tuple[str, Device], tuple[int, int, int, int]] = {
+    ("fast", "cpu"): (100, 64, 8, 256),
+    ("default", "cpu"): (200, 128, 16, 256),
+    ("best", "cpu"): (500, 256, 16, 512),
+    ("fast", "cuda"): (100, 128, 16, 512),
+    ("default", "cuda"): (200, 128, 16, 2048),
+    ("best", "cuda"): (500, 512, 16, 2048),
+}
+
+
+def settings_for(
+    method: str = "signround",
+    recipe: str = "default",
+    device: str = "cpu",
+    *,
+    context: int,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    iters: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> TuningSettings:
+    """Settings of a recipe, with the user's own numbers on top. `context` bounds the sequence length.
+
+    Raises RefusedError for unknown names, numbers out of range, an absent device, and flags that do not apply.
+    """
+    if method not in METHODS:
+        raise refuse(f"method {method!r} is not known; allowed are {', '.join(METHODS)}", "choose one", "--method")
+    if recipe not in RECIPES:
+        raise refuse(f"recipe {recipe!r} is not known; allowed are {', '.join(RECIPES)}", "choose one", "--recipe")
+    if method == "rtn" and (iters is not None or batch_size is not None):
+        raise refuse("--iters and --batch-size do not apply to --method rtn", "leave them out", "--method")
+    device_name, compute = _device(device)
+    effort_iters, effort_samples, held_out, effort_seqlen = _EFFORT[recipe, device_name]
+    if method == "signround-400":
+        effort_iters = 400
+    elif method == "rtn":
+        effort_iters, held_out = 0, 0
+    settings = TuningSettings(
+        method=method,  # type: ignore[arg-type]  # checked above
+        recipe=recipe,
+        iters=effort_iters if iters is None else iters,
+        learning_rate=0.0,
+        batch_size=8 if batch_size is None else batch_size,
+        samples=effort_samples if samples is None else samples,
+        held_out=held_out,
+        seqlen=min(effort_seqlen if seqlen is None else seqlen, context),
+        seed=seed,
+        device=device_name,
+        compute=compute,
+        start="search" if method == "signround" else "range",
+    )
+    return _checked(settings, seqlen, context)
+
+
+def _checked(settings: TuningSettings, seqlen: int | None, context: int) -> TuningSettings:
+    least = {"--samples": (settings.samples, 2), "--seqlen": (settings.seqlen, 8)}
+    if settings.method != "rtn":
+        least |= {"--iters": (settings.iters, 1), "--batch-size": (settings.batch_size, 1)}
+    for flag, (value, minimum) in least.items():
+        if value < minimum:
+            raise refuse(f"{value} is too small; allowed is {minimum} or more", "choose a larger number", flag)
+    if seqlen is not None and seqlen > context:
+        raise refuse(
+            f"{seqlen} tokens exceed the model's context of {context}", f"use at most {context}", "--seqlen"
+        )
+    held_out = min(settings.held_out, settings.samples // 4 or 1) if settings.held_out else 0
+    rate = 2.5e-3 if settings.method == "signround-400" else 1.0 / max(settings.iters, 1)
+    batch_size = min(settings.batch_size, settings.samples - held_out)
+    return replace(settings, held_out=held_out, learning_rate=rate, batch_size=batch_size)
+
+
+def _device(device: str) -> tuple[Device, Literal["bf16", "fp32"]]:
+    import torch
+
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise refuse(
+                "cuda was asked for, but torch finds no CUDA device",
+                "use --device cpu, or install a CUDA build of torch",
+                "--device",
+            )
+        return "cuda", "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device != "cpu":
+        raise refuse(f"device {device!r} is not known; allowed are cpu, cuda", "choose one", "--device")
+    return "cpu", "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"

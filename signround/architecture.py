@@ -136,9 +136,13 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     refusals = _unsupported(config)
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     refusals += [
-        Refusal(f"{name} is missing", "restore the file from the model's publisher", "config.json")
+        Refusal(
+            f"{name} is {config.get(name, 'missing')!r}, a whole number above 0 is needed",
+            "restore the file from the model's publisher",
+            "config.json",
+        )
         for name in needed
-        if not isinstance(config.get(name), int)
+        if not isinstance(config.get(name), int) or config[name] < 1
     ]
     if refusals:
         raise RefusedError(refusals)
@@ -170,7 +174,9 @@ def _unsupported(config: Mapping[str, Any]) -> list[Refusal]:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         refusals.append(
-            Refusal(f"hidden_act {activation!r} is not supported, only 'silu' is", "choose another model", "config.json")
+            Refusal(
+                f"hidden_act {activation!r} is not supported, only 'silu' is", "choose another model", "config.json"
+            )
         )
     kind = _rope_parameters(config).get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):

@@ -26,7 +26,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from signround.errors import FailedError, refuse
-from signround.files import disk_errors, sha256_of, sha256_of_json, write_json, written_whole
+from signround.files import disk_errors, save_tensors, sha256_of, sha256_of_json, write_json, written_whole
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 
@@ -67,8 +67,8 @@ class QuantizedCheckpoint:
         self.folder = Path(folder)
         if not is_artifact(self.folder):
             inner = self.folder / "artifact"
-            hint = f"give {inner}" if is_artifact(inner) else "give the artifact/ folder that `signround quantize` wrote"
-            raise refuse("the folder holds no signround artifact (no manifest.json)", hint, str(folder))
+            given = f"{inner}" if is_artifact(inner) else "the artifact/ folder that `signround quantize` wrote"
+            raise refuse("the folder holds no signround artifact (no manifest.json)", f"give {given}", str(folder))
         self.manifest = _read_manifest(self.folder)
         if not (self.manifest["complete"] or allow_unfinished):
             raise refuse(
@@ -100,8 +100,8 @@ class QuantizedCheckpoint:
     def _file_of(self) -> dict[str, str]:
         files = {kept.name: outer_file(kept.name) for kept in self.plan.outer}
         for block in self.plan.blocks:
-            for part in (*block.layers, *block.kept):
-                files[part.name] = block_file(block.index)
+            names = [part.name for part in block.layers] + [part.name for part in block.kept]
+            files |= dict.fromkeys(names, block_file(block.index))
         return files
 
     def quantized(self, name: str) -> QuantizedTensor:
@@ -174,13 +174,13 @@ class ArtifactWriter:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(folder)
-            (folder / "model").mkdir(exist_ok=True)
+        try:
             for path in model_files:
-                target = folder / "model" / path.name
-                if not target.exists():
-                    with written_whole(target) as temporary:
-                        shutil.copyfile(path, temporary)
-        self._save_manifest()
+                self._copy(path, f"model/{path.name}")
+            self._save_manifest()
+        except BaseException:
+            self._lock.close()  # or a second try in this process would find the folder in use
+            raise
 
     def close(self) -> None:
         self._lock.close()
@@ -247,14 +247,17 @@ class ArtifactWriter:
         return digest is not None and _intact(self.folder / name, digest)
 
     def _commit(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        path = self.folder / name
-        with written_whole(path) as temporary:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        with written_whole(self.folder / name) as temporary:
+            save_tensors(temporary, tensors)
             digest = sha256_of(temporary)
         self.manifest["files"][name] = digest
         self._save_manifest()
+
+    def _copy(self, source: Path, name: str) -> None:
+        if not self._has(name):
+            with written_whole(self.folder / name) as temporary:
+                shutil.copyfile(source, temporary)
+                self.manifest["files"][name] = sha256_of(temporary)
 
     def _save_manifest(self) -> None:
         write_json(self.folder / MANIFEST, self.manifest)
@@ -285,5 +288,7 @@ def _locked(folder: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise refuse("another signround run is writing to this folder", "wait for it, or choose another", str(folder)) from error
+        raise refuse(
+            "another signround run is writing to this folder", "wait for it, or choose another", str(folder)
+        ) from error
     return lock

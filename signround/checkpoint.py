@@ -100,7 +100,9 @@ class SourceCheckpoint:
     def _shards(self, index: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("a shard name is not a string")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise refuse("not a valid shard index", "download the file again", str(index)) from error
         bad = [name for name in names if Path(name).name != name]
         if bad:
@@ -119,7 +121,8 @@ class SourceCheckpoint:
         from safetensors import safe_open
 
         with safe_open(self.tensors[name].file, framework="pt") as file:
-            return file.get_tensor(name).clone()
+            tensor: Tensor = file.get_tensor(name).clone()
+        return tensor
 
     @property
     def files(self) -> list[Path]:

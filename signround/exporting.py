@@ -105,7 +105,9 @@ def make_exporters(names: Sequence[str], options: Mapping[str, Mapping[str, str]
             )
     unused = [name for name in options if name not in names]
     if unused:
-        raise refuse(f"an option for {unused[0]} is given, but {unused[0]} is not exported", "add it with --to", "--set")
+        raise refuse(
+            f"an option for {unused[0]} is given, but {unused[0]} is not exported", "add it with --to", "--set"
+        )
     return [_configured(name, classes[name], options.get(name, {})) for name in dict.fromkeys(names)]
 
 

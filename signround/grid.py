@@ -30,8 +30,9 @@ HALF_MAX = 65504.0
 
 
 def straight_through(value: Tensor, stored: Tensor) -> Tensor:
-    """`stored` in the forward pass, the gradient of `value` in the backward pass."""
-    return value + (stored - value).detach()
+    """`stored` in the forward pass, exactly, the gradient of `value` in the backward pass (both finite)."""
+    # Not `value + (stored - value).detach()`: that sum is rounded, and a scale of 1e30 would become 0, not 65504.
+    return stored.detach() + (value - value.detach())
 
 
 def round_through(value: Tensor) -> Tensor:
@@ -40,8 +41,9 @@ def round_through(value: Tensor) -> Tensor:
 
 
 def half_through(value: Tensor) -> Tensor:
-    """Round to IEEE fp16 (subnormals kept, overflow saturated), with a straight-through gradient."""
-    return straight_through(value, value.clamp(-HALF_MAX, HALF_MAX).half().float())
+    """Round to IEEE fp16 (subnormals kept), with a straight-through gradient; overflow saturates, without gradient."""
+    value = value.clamp(-HALF_MAX, HALF_MAX)
+    return straight_through(value, value.half().float())
 
 
 def safe_reciprocal(value: Tensor) -> Tensor:
@@ -74,11 +76,11 @@ class SuperBlock:
 
     @property
     def low(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.signed else 0
+        return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def high(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,11 @@ class Grid:
 
     @property
     def code_max(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def centre(self) -> int:
-        return int(2 ** (self.bits - 1))
+        return 1 << (self.bits - 1)
 
     def group_of(self, columns: int) -> int:
         """Inputs in one group for rows of `columns` weights."""
@@ -186,7 +188,7 @@ class Grid:
         level = self.super_block
         if level is None:
             return {name: half_through(value)}
-        blocks = value.unflatten(-1, (-1, level.groups))
+        blocks = value.reshape(*value.shape[:-1], -1, level.groups)
         if level.signed:
             extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / level.low
         else:
@@ -199,8 +201,10 @@ class Grid:
         """The float32 value of a stored level, [rows, groups, 1]."""
         if self.super_block is None:
             return fields[name].float().unsqueeze(-1)
-        small = fields[f"{name}_sub"].float().unflatten(-1, (-1, self.super_block.groups))
-        return (fields[f"{name}_super"].float().unsqueeze(-1) * small).flatten(-2).unsqueeze(-1)
+        small = fields[f"{name}_sub"].float()
+        small = small.reshape(*small.shape[:-1], -1, self.super_block.groups)
+        level = fields[f"{name}_super"].float().unsqueeze(-1) * small
+        return level.flatten(-2).unsqueeze(-1)
 
     def _scale_and_zero(self, fields: Fields) -> tuple[Tensor, Tensor]:
         scale = self._level("scale", fields)

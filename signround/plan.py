@@ -248,7 +248,7 @@ def _mismatches(checkpoint: SourceCheckpoint, plan: ModelPlan) -> list[Refusal]:
             continue
         refusals.append(Refusal(problem, "download the checkpoint again", name))
     blocks = BLOCK.format(plan.architecture.layers)
-    for name in checkpoint.tensors.keys() - wanted.keys() - plan.skipped.keys():
+    for name in sorted(checkpoint.tensors.keys() - wanted.keys() - plan.skipped.keys()):
         hint = f" (config.json says {plan.architecture.layers} blocks)" if name.startswith(blocks) else ""
         refusals.append(
             Refusal(

@@ -1,0 +1,127 @@
+"""GraphBuilder: nodes and constants of an ONNX graph, put together one operator at a time.
+
+Constants of any size are lazy: the graph is laid out from shapes alone, and each tensor is read when it is written.
+It knows nothing of language models, and refuses (ValueError) to give two constants one name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    Attribute = int | float | str | Sequence[int]
+
+MICROSOFT = "com.microsoft"
+
+
+class GraphBuilder:
+    """Collects inputs, outputs, nodes and constants; `model` puts them together."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self.constants: dict[str, ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """A graph input; strings are symbolic dimensions."""
+        self.inputs.append(_value(name, dtype, shape))
+        return self.inputs[-1]
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make `value` the graph output `name`."""
+        import onnx_ir as ir
+
+        value.name = name
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+        self.outputs.append(value)
+
+    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """A small constant that is there already; a second call with the same name gives the first one."""
+        import onnx_ir as ir
+
+        if name not in self.constants:
+            tensor = ir.tensor(array, name=name)
+            self.constants[name] = _value(name, tensor.dtype, array.shape)
+            self.constants[name].const_value = tensor
+        return self.constants[name]
+
+    def lazy(
+        self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], NDArray[Any]]
+    ) -> ir.Value:
+        """A constant whose array is asked for only while the file is written, and forgotten afterwards."""
+        import onnx_ir as ir
+
+        if name in self.constants:
+            raise ValueError(f"constant {name} exists already")
+
+        def read() -> ir.Tensor:
+            array = load()
+            if array.shape != tuple(shape):
+                raise ValueError(f"{name} must have shape {tuple(shape)}, got {array.shape}")
+            return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+
+        value = _value(name, dtype, shape)
+        value.const_value = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
+        self.constants[name] = value
+        return value
+
+    def op(
+        self,
+        kind: str,
+        name: str,
+        inputs: Sequence[ir.Value | None],
+        *,
+        domain: str = "",
+        outputs: int = 1,
+        unused: Sequence[int] = (),
+        attributes: Mapping[str, Attribute] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[ir.Value]:
+        """Add a node and give its outputs, those at the places `unused` left out."""
+        import onnx_ir as ir
+
+        values = [ir.Value(name="" if index in unused else f"{name}.{index}") for index in range(outputs)]
+        node = ir.node(
+            kind,
+            list(inputs),
+            dict(attributes or {}),
+            domain=domain,
+            outputs=values,
+            name=name,
+            metadata_props=dict(metadata or {}),
+        )
+        self.nodes.append(node)
+        return [value for index, value in enumerate(values) if index not in unused]
+
+    def model(self, name: str, opset: int, ir_version: int, producer: str, version: str) -> ir.Model:
+        """The finished model. Constants of odd byte length come last, so that all floats lie on 4-byte offsets."""
+        import onnx_ir as ir
+
+        constants = sorted(self.constants.values(), key=_byte_count_is_odd)
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=constants,
+            opset_imports={"": opset, MICROSOFT: 1},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=ir_version, producer_name=producer, producer_version=version)
+
+
+def _byte_count_is_odd(value: ir.Value) -> bool:
+    assert value.const_value is not None
+    return value.const_value.nbytes % 4 != 0
+
+
+def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    import onnx_ir as ir
+
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

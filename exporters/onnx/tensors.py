@@ -1,0 +1,47 @@
+"""What the graph asks for while it is written, and the conversions from torch to what ONNX stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from signround.qtensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+
+class TensorSource(Protocol):
+    """Where the tensors come from; an artifact fits."""
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """Integers and fields of the linear `name`."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The kept tensor `name` in its own dtype."""
+        ...
+
+
+def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
+    import onnx_ir as ir
+
+    return {
+        torch.float32: ir.DataType.FLOAT,
+        torch.float16: ir.DataType.FLOAT16,
+        torch.bfloat16: ir.DataType.BFLOAT16,
+    }[dtype]
+
+
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """The same numbers as a numpy array; bfloat16 as ml_dtypes' type."""
+    if tensor.dtype != torch.bfloat16:
+        array: NDArray[Any] = tensor.numpy()
+        return array
+    import ml_dtypes
+
+    bits: NDArray[Any] = tensor.contiguous().view(torch.uint16).numpy()
+    return bits.view(ml_dtypes.bfloat16)

@@ -131,6 +131,15 @@ class Grid:
             fields["zero_point"] = ((rows, groups), torch.uint8)
         return fields
 
+    def bounds(self, field: str) -> tuple[int, int]:
+        """Lowest and highest integer that `codes`, `zero_point` or a two-level `*_sub` may hold."""
+        if field == "codes":
+            return self.code_min, self.code_max
+        if field == "zero_point":
+            return self.zero_floor, self.code_max
+        assert self.super_block is not None
+        return self.super_block.low, self.super_block.high
+
     def ragged(self, columns: int) -> bool:
         """Whether a row of `columns` weights leaves the last group (or super-block) incomplete."""
         block = self.group_of(columns) * (self.super_block.groups if self.super_block else 1)

@@ -31,14 +31,20 @@ class QuantizedTensor:
             field = self.fields[name]
             if tuple(field.shape) != shape or field.dtype != dtype:
                 raise ValueError(f"{name} must be {dtype} {shape}, got {field.dtype} {tuple(field.shape)}")
-            if dtype.is_floating_point and not bool(torch.isfinite(field).all()):
+            if not dtype.is_floating_point:
+                self._check_bounds(name, field)
+            elif not bool(torch.isfinite(field).all()):
                 raise ValueError(f"{name} holds NaN or Inf")
-        if self.codes.numel():
-            low, high = int(self.codes.min()), int(self.codes.max())
-            if low < self.grid.code_min or high > self.grid.code_max:
-                raise ValueError(
-                    f"codes must lie in {self.grid.code_min}..{self.grid.code_max}, got {low}..{high}"
-                )
+        self._check_bounds("codes", self.codes)
+
+    def _check_bounds(self, name: str, integers: Tensor) -> None:
+        """A uint8 holds more than the bits of a code, a zero point or a small scale: the rest would spill when packed."""
+        if not integers.numel():
+            return
+        least, most = self.grid.bounds(name)
+        low, high = int(integers.min()), int(integers.max())
+        if low < least or high > most:
+            raise ValueError(f"{name} must lie in {least}..{most}, got {low}..{high}")
 
     @property
     def shape(self) -> tuple[int, int]:

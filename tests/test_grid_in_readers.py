@@ -1,4 +1,4 @@
-"""`Grid.decode` against the readers that ship, bit for bit: gguf-py for llama.cpp's types, onnxruntime for MatMulNBits."""
+"""`Grid.decode` against the readers that ship, bit for bit: gguf-py for llama.cpp's types, onnxruntime for the rest."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -58,6 +59,17 @@ def block_file(index: int) -> str:
 
 def outer_file(name: str) -> str:
     return f"outer/{name}.safetensors"
+
+
+def artifact_bytes(plan: ModelPlan) -> int:
+    """Size of the artifact to come: a byte a code, the stored fields, and the kept tensors."""
+    total = sum(math.prod(kept.shape) * kept.torch_dtype.itemsize for kept in plan.kept())
+    for layer in plan.layers():
+        total += layer.rows * layer.columns
+        total += sum(
+            math.prod(shape) * dtype.itemsize for shape, dtype in layer.grid.layout(layer.rows, layer.columns).values()
+        )
+    return total
 
 
 class QuantizedCheckpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,10 @@ class TensorInfo:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SourceCheckpoint:
@@ -141,7 +146,7 @@ class SourceCheckpoint:
 
     @property
     def parameters(self) -> int:
-        return sum(_numel(info.shape) for info in self.tensors.values())
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     def non_finite(self) -> list[Refusal]:
         """One refusal for each tensor that holds NaN or Inf; reads every weight once, one tensor resident."""
@@ -154,13 +159,6 @@ class SourceCheckpoint:
             for name in self.tensors
             if not bool(torch.isfinite(self.read(name)).all())
         ]
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -85,10 +85,10 @@ class Exporter(Protocol):
         ...
 
 
-def available_exporters() -> dict[str, type[Exporter]]:
-    """Name -> class of every installed exporter, in alphabetical order. A broken plug-in raises its own ImportError."""
-    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
-    return {entry.name: entry.load() for entry in found}
+def available_exporters() -> dict[str, EntryPoint]:
+    """Name -> entry point of every installed exporter, in alphabetical order; `.load()` gives the class, and a broken
+    plug-in then raises its own ImportError without harming the others."""
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
 
 
 def make_exporters(names: Sequence[str], options: Mapping[str, Mapping[str, str]] | None = None) -> list[Exporter]:
@@ -108,7 +108,7 @@ def make_exporters(names: Sequence[str], options: Mapping[str, Mapping[str, str]
         raise refuse(
             f"an option for {unused[0]} is given, but {unused[0]} is not exported", "add it with --to", "--set"
         )
-    return [_configured(name, classes[name], options.get(name, {})) for name in dict.fromkeys(names)]
+    return [_configured(name, classes[name].load(), options.get(name, {})) for name in dict.fromkeys(names)]
 
 
 def _configured(name: str, kind: type[Any], options: Mapping[str, str]) -> Exporter:

@@ -24,7 +24,8 @@ class TuningSettings:
 
     `samples` sequences of `seqlen` tokens, `held_out` of them kept back to choose the best step; `learning_rate` in
     units of a quantisation step; `compute` is the dtype of the matrix products; `start` is where tuning begins:
-    "range" (min/max, as the paper) or "search" (activation-weighted search of each group's scale first).
+    "range" (min/max, as the paper) or "search" (activation-weighted search of each group's scale first);
+    `hidden_states` is the dtype in which the two chains wait in memory between blocks.
     """
 
     method: Method
@@ -38,6 +39,7 @@ class TuningSettings:
     seed: int
     device: Device
     compute: Literal["bf16", "fp32"]
+    hidden_states: Literal["fp32", "bf16"]
     start: Literal["range", "search"]
 
     def to_json(self) -> dict[str, Any]:
@@ -95,9 +97,27 @@ def settings_for(
         seed=seed,
         device=device_name,
         compute=compute,
+        hidden_states="fp32",
         start="search" if method == "signround" else "range",
     )
     return _checked(settings, seqlen, context)
+
+
+def fit_to_memory(settings: TuningSettings, hidden: int, memory: int) -> TuningSettings:
+    """Let the two chains of hidden states (and one copy for the draft's float inputs) take at most half of `memory`
+    bytes: in float32 if they fit, else in bfloat16, else refused."""
+    copies = {"rtn": 0, "signround": 2, "signround-400": 3}[settings.method]
+    elements = copies * settings.samples * settings.seqlen * hidden
+    if elements * 4 <= memory // 2:
+        return settings
+    if elements * 2 <= memory // 2:
+        return replace(settings, hidden_states="bf16")
+    raise refuse(
+        f"hidden states of {settings.samples} samples x {settings.seqlen} tokens need {elements * 2 / 1e9:.1f} GB, "
+        f"half of this machine's memory is {memory / 2e9:.1f} GB",
+        "use fewer --samples or a shorter --seqlen",
+        "--samples",
+    )
 
 
 def _checked(settings: TuningSettings, seqlen: int | None, context: int) -> TuningSettings:

@@ -1,0 +1,231 @@
+"""Calibration tokens: windows of a text file, of a hub data set, or of text that the model writes itself.
+
+All sources end as int64 windows [count, seqlen]. Documents are tokenised one after the other into one stream, so long
+ones are cut and short ones packed, and none is dropped; the windows are drawn from the whole stream by the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from signround.checkpoint import SourceCheckpoint
+from signround.errors import refuse
+from signround.events import Listener, StageAdvanced
+from signround.files import sha256_of, written_whole
+from signround.plan import CalibrationSpec
+from signround.recipes import TuningSettings
+
+EVALUATION_WINDOWS = 16  # windows that no tuning sees, for the perplexities of the report
+PIECE_CHARACTERS = 1 << 20  # text is tokenised in pieces of about this size, cut at line ends
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """`tuning` [samples, seqlen], the held-out samples last; `evaluation` [n, seqlen], unseen unless `reused`."""
+
+    tuning: Tensor
+    evaluation: Tensor
+    reused: bool
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokens that decide the integers."""
+        return hashlib.sha256(self.tuning.to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+def write_tokens(path: Path, tokens: CalibrationTokens) -> None:
+    """Keep the windows, so that a resumed run has them without reading or writing text again."""
+    from safetensors.torch import save_file
+
+    with written_whole(path) as temporary:
+        save_file(
+            {"tuning": tokens.tuning, "evaluation": tokens.evaluation, "reused": torch.tensor(tokens.reused)}, temporary
+        )
+
+
+def read_tokens(path: Path) -> CalibrationTokens:
+    """Inverse of `write_tokens`."""
+    from safetensors.torch import load_file
+
+    parts = load_file(path)
+    return CalibrationTokens(parts["tuning"], parts["evaluation"], bool(parts["reused"]))
+
+
+def read_spec(text: str) -> CalibrationSpec:
+    """The value of --calibration: `self`, `hub:NAME`, or the path of a text file. Refuses a file that is not there."""
+    if text == "self" or text.startswith("hub:"):
+        if text == "hub:":
+            raise refuse("hub: needs the name of a data set", "write hub:NAME", "--calibration")
+        return CalibrationSpec(text)
+    path = Path(text)
+    if not path.is_file():
+        raise refuse(
+            f"{text!r} is no file; allowed are a text file, self, or hub:NAME",
+            "check the path, or leave --calibration out: the model then writes its own text",
+            "--calibration",
+        )
+    return CalibrationSpec("file", sha256_of(path))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer from local files only. Raises RefusedError when it cannot be loaded without remote code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise refuse(
+            f"the tokenizer cannot be loaded ({str(error).splitlines()[0]})",
+            "put tokenizer.json (or tokenizer.model) beside config.json",
+            str(folder),
+        ) from error
+
+
+def text_tokens(tokenizer: Any, pieces: Iterator[str]) -> Tensor:
+    """One stream of token ids [n] without special tokens, from pieces of text."""
+    ids: list[int] = []
+    for piece in pieces:
+        ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def file_pieces(path: Path) -> Iterator[str]:
+    """A UTF-8 text in pieces that end at line ends. Raises RefusedError for other encodings."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            while lines := stream.readlines(PIECE_CHARACTERS):
+                yield "".join(lines)
+    except UnicodeDecodeError as error:
+        raise refuse(f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it to UTF-8", str(path)) from error
+
+
+def hub_pieces(name: str, column: str = "text") -> Iterator[str]:
+    """The documents of a data set of the Hugging Face hub, streamed. Raises RefusedError without the `hub` extra."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise refuse(
+            "hub data sets need the package `datasets`, which is not installed",
+            "run `pip install signround[hub]`, or give a text file",
+            "--calibration",
+        ) from error
+    for row in load_dataset(name, split="train", streaming=True):
+        if column not in row:
+            raise refuse(
+                f"data set {name} has no column {column!r} (columns: {', '.join(row)})",
+                "choose a data set with plain text, or export it to a file",
+                "--calibration",
+            )
+        yield row[column] + "\n\n"
+
+
+def stream_tokens(spec: CalibrationSpec, source: str, tokenizer: Any, needed: int) -> Tensor:
+    """Tokens of a file (all of them) or of a hub data set (about `needed`)."""
+    if spec.source == "file":
+        return text_tokens(tokenizer, file_pieces(Path(source)))
+    parts: list[Tensor] = []
+    for piece in hub_pieces(spec.source.removeprefix("hub:")):
+        parts.append(text_tokens(tokenizer, iter([piece])))
+        if sum(len(part) for part in parts) >= needed:
+            break
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def windows_of(tokens: Tensor, settings: TuningSettings, bos: int | None, source: str) -> CalibrationTokens:
+    """Draw the windows by the seed. With `bos`, each window begins with it, as the model sees texts in use.
+
+    Raises RefusedError when the stream is shorter than samples x seqlen tokens.
+    """
+    body = settings.seqlen - (bos is not None)
+    available = len(tokens) // body
+    if available < settings.samples:
+        raise refuse(
+            f"{source} has {len(tokens)} tokens, {settings.samples * body} are needed "
+            f"({settings.samples} samples of {settings.seqlen})",
+            f"give a longer text, or use --samples {available}" if available >= 2 else "give a longer text",
+            "--calibration",
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed))
+    cut = tokens[: available * body].view(available, body)
+    if bos is not None:
+        cut = torch.cat([torch.full((available, 1), bos, dtype=cut.dtype), cut], dim=1)
+    spare = order[settings.samples : settings.samples + EVALUATION_WINDOWS]
+    reused = len(spare) == 0
+    if reused:
+        spare = order[settings.samples - max(settings.held_out, 1) : settings.samples]
+    return CalibrationTokens(cut[order[: settings.samples]].contiguous(), cut[spare].contiguous(), reused)
+
+
+def leading_bos(tokenizer: Any) -> int | None:
+    """The id that the tokenizer puts before a text, if it puts one."""
+    with_special = tokenizer("a")["input_ids"]
+    without = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if len(with_special) > len(without) and with_special[0] == tokenizer.bos_token_id:
+        return int(with_special[0])
+    return None
+
+
+def self_written(
+    checkpoint: SourceCheckpoint, tokenizer: Any, settings: TuningSettings, on_event: Listener
+) -> CalibrationTokens:
+    """Text sampled from the model's own distribution (temperature 1, no truncation), window by window.
+
+    Each window begins with the token that begins a text (bos, else eos as document separator); an end of text inside
+    a window simply starts the next document. Seeded; the whole model is in memory while it writes, in its own dtype.
+    """
+    count = settings.samples + EVALUATION_WINDOWS
+    first = next(
+        (token for token in (leading_bos(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None),
+        0,
+    )
+    model = _whole_model(checkpoint, settings.device)
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
+    windows = torch.full((count, settings.seqlen), first, dtype=torch.int64)
+    batch = _batch_size(checkpoint.config, settings.seqlen)
+    for start in range(0, count, batch):
+        part = windows[start : start + batch]
+        steps = _write(model, part.to(settings.device), generator)
+        for position, column in enumerate(steps, start=1):
+            part[:, position] = column.cpu()
+            if position % 16 == 0 or position == settings.seqlen - 1:
+                done = start * settings.seqlen + len(part) * (position + 1)
+                on_event(StageAdvanced("calibrate", done, count * settings.seqlen, "tokens written by the model"))
+    return CalibrationTokens(windows[: settings.samples], windows[settings.samples :], reused=False)
+
+
+def _write(model: Any, windows: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Sample one column after the other, [windows] each, with a KV cache."""
+    cache = None
+    column = windows[:, :1]
+    with torch.no_grad():
+        for _ in range(windows.shape[1] - 1):
+            output = model(input_ids=column, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            probabilities = output.logits[:, -1].float().softmax(-1)
+            column = torch.multinomial(probabilities, 1, generator=generator)
+            yield column[:, 0]
+
+
+def _whole_model(checkpoint: SourceCheckpoint, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return (
+        AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto", local_files_only=True, use_safetensors=True)
+        .to(device)
+        .eval()
+    )
+
+
+def _batch_size(config: Mapping[str, Any], seqlen: int) -> int:
+    """Windows written together: as many as a KV cache of 512 MiB (bf16) holds, at most 64."""
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    per_window = 2 * config["num_hidden_layers"] * heads * head_dim * seqlen * 2
+    return int(max(1, min(64, (512 << 20) // per_window)))

@@ -1,0 +1,38 @@
+"""Peak memory of a stage, as the operating system saw it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement. Linux resets its high-water mark; elsewhere the peak of the whole process remains."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> tuple[int, int]:
+    """(peak resident bytes of this process, peak bytes allocated on the CUDA device) since the last reset."""
+    device = 0
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        device = torch.cuda.max_memory_allocated()
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024, device
+    return psutil.Process().memory_info().rss, device
+
+
+def physical_memory() -> int:
+    """Bytes of RAM in this machine."""
+    return int(psutil.virtual_memory().total)

@@ -1,0 +1,74 @@
+"""Which runtime opens which path. The table that `evaluate`, `verify` and `inspect` share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from signround.artifact import QuantizedCheckpoint, is_artifact
+from signround.checkpoint import SourceCheckpoint
+from signround.errors import refuse
+from signround.runtimes.protocol import Runtime
+
+Kind = Literal["artifact", "gguf", "onnx", "gptq", "checkpoint"]
+
+
+def kind_of(path: Path) -> Kind:
+    """What lies at `path`. Raises RefusedError with what would be accepted."""
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
+    if path.is_dir():
+        if is_artifact(path):
+            return "artifact"
+        if list(path.glob("*.gguf")):
+            return "gguf"
+        if (path / "genai_config.json").is_file() or (path / "model.onnx").is_file():
+            return "onnx"
+        if (path / "config.json").is_file():
+            return "gptq" if _is_gptq(path / "config.json") else "checkpoint"
+        if is_artifact(path / "artifact"):
+            raise refuse("this is the output folder of a job, not a model", f"give {path / 'artifact'}", str(path))
+    raise refuse(
+        "no model is found here; accepted are a Hugging Face folder, an artifact folder, a .gguf file, an ONNX folder "
+        "and a GPTQ folder",
+        "check the path",
+        str(path),
+    )
+
+
+def open_target(path: Path, device: str = "cpu") -> Runtime:
+    """The model at `path` in the runtime that its users run."""
+    kind = kind_of(path)
+    if kind == "artifact":
+        from signround.runtimes.torch_blocks import tuned_model
+
+        return tuned_model(QuantizedCheckpoint(path), device)
+    if kind == "checkpoint":
+        from signround.runtimes.torch_blocks import float_model
+
+        return float_model(SourceCheckpoint(path), device)
+    if kind == "gguf":
+        from signround.runtimes.llama_cpp import open_llama_cpp
+
+        return open_llama_cpp(gguf_file(path))
+    if kind == "onnx":
+        from signround.runtimes.ort import open_onnxruntime
+
+        return open_onnxruntime(path)
+    from signround.runtimes.gptq import open_gptq
+
+    return open_gptq(path)
+
+
+def gguf_file(path: Path) -> Path:
+    """The one .gguf file at `path`, a file or a folder."""
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise refuse(f"the folder holds {len(files)} .gguf files", "give the path of one", str(path))
+    return files[0]
+
+
+def _is_gptq(config: Path) -> bool:
+    settings = json.loads(config.read_text()).get("quantization_config") or {}
+    return settings.get("quant_method") == "gptq"

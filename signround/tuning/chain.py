@@ -1,0 +1,174 @@
+"""From the first block to the last: the float chain gives targets, the quantised chain gives inputs.
+
+This is the only place that moves hidden states. Blocks that the artifact already holds are run, not tuned, so a
+resumed run sees the very hidden states of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from signround.architecture import BLOCK
+from signround.artifact import ArtifactWriter, BlockRecord, QuantizedCheckpoint
+from signround.blocks import DecoderBlocks
+from signround.checkpoint import SourceCheckpoint
+from signround.events import BlockTuned, Listener, StageAdvanced
+from signround.measure import peak_memory
+from signround.plan import BlockPlan, ModelPlan
+from signround.qtensor import QuantizedTensor
+from signround.tuning.layer import TunedLayer
+from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
+from signround.tuning.rtn import plain_range, rounded, searched_range
+from signround.tuning.signround import SignDescent, descent_for
+
+
+class TuningChain:
+    """Tunes the blocks of one model in order and commits each.
+
+    `tokens` int64 [samples, seqlen] are the calibration windows, the held-out ones last.
+    """
+
+    def __init__(
+        self, checkpoint: SourceCheckpoint, plan: ModelPlan, writer: ArtifactWriter, tokens: Tensor, on_event: Listener
+    ) -> None:
+        self.checkpoint, self.plan, self.writer, self.on_event = checkpoint, plan, writer, on_event
+        self.settings = plan.tuning
+        self.descent: SignDescent = descent_for(self.settings.method, self.settings.start)
+        self.blocks = DecoderBlocks(plan.config, checkpoint.read, self.settings.device, self.settings.compute)
+        self.tokens = tokens
+
+    def run(self) -> None:
+        """Commit every block that is not there yet."""
+        if all(self.writer.has_block(block.index) for block in self.plan.blocks):
+            return
+        if self.settings.method == "rtn":
+            self._round_all()
+            return
+        dtype = torch.float32 if self.settings.hidden_states == "fp32" else torch.bfloat16
+        float_chain = self.blocks.embed(self.tokens).to(self._home(dtype), dtype)
+        quantized_chain = float_chain.clone()
+        for block_plan in self.plan.blocks:
+            float_chain, quantized_chain = self._block(block_plan, float_chain, quantized_chain)
+
+    def _home(self, dtype: torch.dtype) -> torch.device:
+        """Hidden states lie in RAM, or on the GPU when three of them fit in a quarter of its free memory."""
+        if self.blocks.device.type != "cuda":
+            return torch.device("cpu")
+        size = self.tokens.numel() * self.plan.architecture.hidden * dtype.itemsize * 3
+        free, _ = torch.cuda.mem_get_info(self.blocks.device)
+        return self.blocks.device if size < free / 4 else torch.device("cpu")
+
+    def _block(self, plan: BlockPlan, float_chain: Tensor, quantized_chain: Tensor) -> tuple[Tensor, Tensor]:
+        started = time.monotonic()
+        committed = self.writer.has_block(plan.index)
+        block = self.blocks.block(plan.index)
+        inputs = quantized_chain if self.descent.quantized_inputs else float_chain.clone()
+        batch = self.settings.batch_size
+        if committed:
+            self.blocks.run_all(block, float_chain, plan.index, batch)
+            tensors = self._committed(plan)
+        else:
+            importance = self._float_pass(block, float_chain, plan.index)
+            outcome = self._tune(plan, block, importance, inputs, float_chain)
+            tensors = outcome.tensors
+            self._commit(plan, outcome, time.monotonic() - started)
+        self._advance(block, tensors, quantized_chain, plan.index)
+        return float_chain, quantized_chain
+
+    def _committed(self, plan: BlockPlan) -> dict[str, QuantizedTensor]:
+        reader = QuantizedCheckpoint(self.writer.folder, allow_unfinished=True)
+        record = next(record for record in reader.records() if record.index == plan.index)
+        self._announce(record, resumed=True)
+        prefix = BLOCK.format(plan.index)
+        return {layer.name.removeprefix(prefix): reader.quantized(layer.name) for layer in plan.layers}
+
+    def _float_pass(self, block: nn.Module, hidden: Tensor, index: int) -> dict[str, Tensor]:
+        """Float outputs in place of `hidden`; returns the mean square of each linear's inputs, float32 [columns]."""
+        if self.settings.start != "search":
+            self.blocks.run_all(block, hidden, index, self.settings.batch_size)
+            return {}
+        sums: dict[str, Tensor] = {}
+        hooks = []
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+
+                def add(_: nn.Module, inputs: tuple[Tensor, ...], name: str = f"{name}.weight") -> None:
+                    squares = inputs[0].detach().float().square().flatten(0, -2).sum(0)
+                    sums[name] = sums[name] + squares if name in sums else squares
+
+                hooks.append(module.register_forward_pre_hook(add))
+        self.blocks.run_all(block, hidden, index, self.settings.batch_size)
+        for hook in hooks:
+            hook.remove()
+        return {name: total / self.tokens.numel() for name, total in sums.items()}
+
+    def _tune(
+        self, plan: BlockPlan, block: nn.Module, importance: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> BlockOutcome:
+        prefix = BLOCK.format(plan.index)
+        layers = {}
+        for layer in plan.layers:
+            name = layer.name.removeprefix(prefix)
+            weight = block.get_parameter(name)
+            if name in importance:
+                low, high = searched_range(layer.grid, weight, importance[name])
+            else:
+                low, high = plain_range(layer.grid, weight)
+            layers[name] = TunedLayer(layer.grid, weight, low, high)
+        problem = BlockProblem(self.blocks, block, plan.index, inputs, targets, self.settings.held_out)
+
+        def on_step(done: int, total: int) -> None:
+            self.on_event(StageAdvanced("tune", done, total, f"block {plan.index + 1}/{len(self.plan.blocks)}"))
+
+        return tune_block(problem, layers, self.settings, self.descent, on_step)
+
+    def _advance(
+        self, block: nn.Module, tensors: Mapping[str, QuantizedTensor], hidden: Tensor, index: int
+    ) -> None:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                block.get_parameter(name).copy_(tensor.decode())
+        self.blocks.run_all(block, hidden, index, self.settings.batch_size)
+
+    def _commit(self, plan: BlockPlan, outcome: BlockOutcome, seconds: float) -> None:
+        prefix = BLOCK.format(plan.index)
+        rss, device = peak_memory()
+        record = BlockRecord(
+            plan.index, seconds, outcome.loss_rounded, outcome.loss_tuned, outcome.kept, rss, device
+        )
+        quantized = {prefix + name: tensor for name, tensor in outcome.tensors.items()}
+        kept = {kept.name: self.checkpoint.read(kept.name) for kept in plan.kept}
+        self.writer.commit_block(plan.index, quantized, kept, record)
+        self._announce(record)
+
+    def _round_all(self) -> None:
+        """`--method rtn`: no hidden states, one block in memory."""
+        for plan in self.plan.blocks:
+            if self.writer.has_block(plan.index):
+                continue
+            started = time.monotonic()
+            prefix = BLOCK.format(plan.index)
+            tensors = {
+                layer.name.removeprefix(prefix): rounded(layer.grid, self.checkpoint.read(layer.name).float())
+                for layer in plan.layers
+            }
+            outcome = BlockOutcome(tensors, dict.fromkeys(tensors, "rounded"), 0.0, 0.0)
+            self._commit(plan, outcome, time.monotonic() - started)
+
+    def _announce(self, record: BlockRecord, *, resumed: bool = False) -> None:
+        self.on_event(
+            BlockTuned(
+                record.index,
+                len(self.plan.blocks),
+                record.seconds,
+                record.loss_rounded,
+                record.loss_tuned,
+                record.kept,
+                resumed,
+            )
+        )
+

@@ -1,0 +1,42 @@
+"""One linear while it is tuned: the weight in groups, its start range, and the three tensors that learn.
+
+In the paper's symbols (arXiv 2309.05516): V the rounding offset, alpha and beta the shrink of each group's upper and
+lower end. The fake-quantised weight is exactly what the file will decode to, fp16 scales included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from signround.grid import Grid, grouped, ungrouped
+from signround.qtensor import QuantizedTensor
+
+
+class TunedLayer:
+    """`weight` float32 [rows, columns] on the tuning device; `low`, `high` [rows, groups] where tuning starts."""
+
+    def __init__(self, grid: Grid, weight: Tensor, low: Tensor, high: Tensor) -> None:
+        self.grid = grid
+        self.columns = weight.shape[1]
+        self.blocks = grouped(weight, grid.group_of(self.columns))  # [rows, groups, group]
+        self.low, self.high = low, high
+        self.offset = torch.zeros_like(self.blocks, requires_grad=True)  # V
+        self.shrink_high = torch.ones_like(high, requires_grad=True)  # alpha
+        self.shrink_low = torch.ones_like(low, requires_grad=True)  # beta
+
+    def fake_quantized(self) -> Tensor:
+        """Decoded weight [rows, columns] with straight-through gradients to V, alpha and beta."""
+        fields = self._fields()
+        codes = self.grid.codes(self.blocks, fields, self.offset)
+        return ungrouped(self.grid.decode(codes, fields), self.columns)
+
+    def frozen(self) -> QuantizedTensor:
+        """The integers and fields for good."""
+        with torch.no_grad():
+            return QuantizedTensor.from_grid(
+                self.grid, ungrouped(self.blocks, self.columns), self._fields(), self.offset
+            )
+
+    def _fields(self) -> dict[str, Tensor]:
+        return self.grid.snap(*self.grid.fit(self.low * self.shrink_low, self.high * self.shrink_high))

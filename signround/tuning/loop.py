@@ -1,0 +1,150 @@
+"""The loop over one block: sample, step, keep the best on a fixed held-out subset, fall back to rounding.
+
+Nothing in the step loop waits for the device: the best parameters are kept by `where`, and losses are read afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from signround.blocks import DecoderBlocks
+from signround.qtensor import QuantizedTensor
+from signround.recipes import TuningSettings
+from signround.tuning.layer import TunedLayer
+from signround.tuning.rtn import rounded
+from signround.tuning.signround import SignDescent
+
+CHECKS = 10  # times that the held-out subset is looked at
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """One block to fit: `inputs` and `targets` [samples, tokens, hidden], the last `held_out` samples kept back."""
+
+    blocks: DecoderBlocks
+    block: nn.Module
+    index: int
+    inputs: Tensor
+    targets: Tensor
+    held_out: int
+
+    def loss(self, weights: Mapping[str, Tensor], picks: Tensor) -> Tensor:
+        """Mean squared error of the block's output on the samples `picks` (int64, on the CPU)."""
+        device = self.blocks.device
+        where = picks.to(self.inputs.device)
+        inputs = self.inputs[where].to(device, torch.float32, non_blocking=True)
+        targets = self.targets[where].to(device, torch.float32, non_blocking=True)
+        return nn.functional.mse_loss(self.blocks.run(self.block, inputs, self.index, weights), targets)
+
+    def held_out_loss(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
+        """The same on the held-out samples, in batches, without gradients."""
+        samples = torch.arange(len(self.inputs) - self.held_out, len(self.inputs))
+        with torch.no_grad():
+            losses = [self.loss(weights, picks) * len(picks) for picks in samples.split(batch)]
+            return torch.stack(losses).sum() / self.held_out
+
+
+@dataclass(frozen=True)
+class BlockOutcome:
+    """What a block ended as. `kept` says for each layer: tuned, start (untuned search) or rounded."""
+
+    tensors: dict[str, QuantizedTensor]
+    kept: dict[str, str]
+    loss_rounded: float
+    loss_tuned: float
+
+
+def tune_block(
+    problem: BlockProblem,
+    layers: Mapping[str, TunedLayer],
+    settings: TuningSettings,
+    descent: SignDescent,
+    on_step: Callable[[int, int], None],
+) -> BlockOutcome:
+    """Tune `layers` (by their weight names within the block) and choose, layer by layer, the best candidate."""
+    tuned = list(layers.values())
+    parameters = descent.parameters(tuned)
+    start = {name: layer.frozen() for name, layer in layers.items()}
+    best, best_loss = [parameter.detach().clone() for parameter in parameters], None
+    checks = {round(settings.iters * check / CHECKS) for check in range(CHECKS + 1)}
+    picks = _batches(settings, problem.index)
+    for step in range(settings.iters + 1):
+        if step in checks:
+            loss = _held_out(problem, layers, settings)
+            if best_loss is None:
+                best_loss = loss
+            else:
+                better = loss < best_loss
+                best_loss = torch.where(better, loss, best_loss)
+                for kept, parameter in zip(best, parameters, strict=True):
+                    torch.where(better, parameter.detach(), kept, out=kept)
+            on_step(step, settings.iters)
+        if step == settings.iters:
+            break
+        weights = {name: layer.fake_quantized() for name, layer in layers.items()}
+        gradients = torch.autograd.grad(problem.loss(weights, picks[step]), parameters)
+        descent.step(tuned, gradients, settings.learning_rate * (1 - step / settings.iters))
+    with torch.no_grad():
+        for parameter, kept in zip(parameters, best, strict=True):
+            parameter.copy_(kept)
+    candidates = {
+        name: {
+            "tuned": layer.frozen(),
+            "start": start[name],
+            "rounded": rounded(layer.grid, problem.block.get_parameter(name)),
+        }
+        for name, layer in layers.items()
+    }
+    return _best_of(problem, candidates, settings)
+
+
+def _held_out(problem: BlockProblem, layers: Mapping[str, TunedLayer], settings: TuningSettings) -> Tensor:
+    with torch.no_grad():
+        weights = {name: layer.fake_quantized() for name, layer in layers.items()}
+    return problem.held_out_loss(weights, settings.batch_size)
+
+
+def _batches(settings: TuningSettings, block: int) -> Tensor:
+    """int64 [iters, batch] samples to train on; drawn from (seed, block) alone, so that a resumed run draws the same."""
+    generator = torch.Generator().manual_seed(settings.seed * 100_003 + block)
+    training = settings.samples - settings.held_out
+    draws = settings.iters * settings.batch_size
+    rounds = [torch.randperm(training, generator=generator) for _ in range(-(-draws // training))]
+    return torch.cat(rounds)[:draws].view(settings.iters, settings.batch_size)
+
+
+def _best_of(
+    problem: BlockProblem, candidates: Mapping[str, Mapping[str, QuantizedTensor]], settings: TuningSettings
+) -> BlockOutcome:
+    """Start from all tuned; replace a layer wherever another candidate lowers the held-out loss of the block."""
+    device = problem.blocks.device
+
+    def loss_of(weights: Mapping[str, Tensor]) -> float:
+        return problem.held_out_loss(weights, settings.batch_size).item()
+
+    def decoded(choice: str) -> dict[str, Tensor]:
+        return {name: options[choice].decode().to(device) for name, options in candidates.items()}
+
+    loss_rounded = loss_of(decoded("rounded"))
+    chosen = dict.fromkeys(candidates, "tuned")
+    weights = decoded("tuned")
+    lowest = loss_of(weights)
+    for name, options in candidates.items():
+        for choice in ("start", "rounded"):
+            trial = weights | {name: options[choice].decode().to(device)}
+            loss = loss_of(trial)
+            if loss < lowest:
+                lowest, weights, chosen[name] = loss, trial, choice
+    tensors = {name: options[chosen[name]] for name, options in candidates.items()}
+    if loss_rounded < lowest:  # greedy replacement may miss that plain rounding of everything is best
+        return BlockOutcome(
+            {name: options["rounded"] for name, options in candidates.items()},
+            dict.fromkeys(candidates, "rounded"),
+            loss_rounded,
+            loss_rounded,
+        )
+    return BlockOutcome(tensors, chosen, loss_rounded, lowest)

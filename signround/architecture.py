@@ -147,6 +147,13 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     if refusals:
         raise RefusedError(refusals)
     heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise refuse(
+            f"num_key_value_heads is {kv_heads}, which does not divide num_attention_heads {heads}",
+            "restore the file from the model's publisher",
+            "config.json",
+        )
     layers = config["num_hidden_layers"]
     bias = bool(config.get("attention_bias", False))
     return Architecture(
@@ -155,7 +162,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         intermediate=config["intermediate_size"],
         layers=layers,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=kv_heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocabulary=config["vocab_size"],
         context=config.get("max_position_embeddings", 2048),

@@ -1,0 +1,132 @@
+"""Logits from onnxruntime: an exported folder (model.onnx with input_ids, attention_mask and past keys and values).
+
+The accuracy_level of the file can be overridden for one session: at 0 the matrix products run in float32, which is the
+oracle for what int8 activations (level 4) cost. Runs on the CPU; refuses graphs that are not such decoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from signround.errors import FailedError, refuse
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+GRAPH = "model.onnx"
+LOGIT_BYTES = 128 * 2**20  # of one batch: windows are batched up to this
+QUIET = 3  # log severity: errors only; they reach the caller as exceptions anyway
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: int = 0) -> OnnxRuntime:
+    """Load `folder`; `accuracy_level` None runs the file as it is, `threads` 0 leaves the number to onnxruntime.
+
+    Raises RefusedError when the package or the file is missing, FailedError when onnxruntime cannot load the model.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise refuse("the package onnxruntime is not installed", "run `pip install 'signround[onnx]'`", "onnx") from error
+    from google.protobuf.message import DecodeError
+
+    path = folder / GRAPH
+    if not path.is_file():
+        raise refuse(f"the folder has no {GRAPH}", "give a folder that `--to onnx` wrote", str(folder))
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError as error:
+        raise refuse(f"{GRAPH} is damaged", "export the artifact again", str(folder)) from error
+    if accuracy_level is not None:
+        set_accuracy_level(model, accuracy_level)
+    levels = sorted({attribute.i for attribute in _accuracy_levels(model)})
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = QUIET
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
+    try:
+        # The graph goes in as bytes, its tensors stay in the folder (memory-mapped): no second file, no copy.
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except _ort_errors() as error:
+        raise FailedError(f"{folder}: onnxruntime cannot load the model ({_first_line(error)}).") from error
+    written = "/".join(map(str, levels)) or "none"
+    return OnnxRuntime(session, f"onnxruntime {onnxruntime.__version__}, accuracy_level {written}", folder)
+
+
+def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:
+    """Set accuracy_level of every MatMulNBits node, in place."""
+    for attribute in _accuracy_levels(model):
+        attribute.i = level
+
+
+def _accuracy_levels(model: onnx.ModelProto) -> Iterator[Any]:
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            yield from (attribute for attribute in node.attribute if attribute.name == "accuracy_level")
+
+
+class OnnxRuntime:
+    """A loaded decoder; fulfils `Runtime`. One forward pass a batch of windows, without past."""
+
+    seconds_per_position: float | None = None
+
+    def __init__(self, session: onnxruntime.InferenceSession, name: str, folder: Path) -> None:
+        self.name = name
+        self._session: onnxruntime.InferenceSession | None = session
+        self._folder = folder
+        shapes = {value.name: value.shape for value in session.get_inputs()}
+        self._past = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        width = next((value.shape[-1] for value in session.get_outputs() if value.name == "logits"), None)
+        if not {"input_ids", "attention_mask"} <= shapes.keys() or not isinstance(width, int):
+            raise refuse(
+                "the graph is not a decoder with input_ids, attention_mask and logits",
+                "give a folder that `--to onnx` wrote",
+                str(folder),
+            )
+        self.vocabulary = width
+
+    def logits(self, windows: Tensor) -> Iterator[Tensor]:
+        """See `Runtime.logits`; a batch holds at most LOGIT_BYTES of logits, and at least one window."""
+        _, tokens = windows.shape
+        for batch in windows.split(max(1, LOGIT_BYTES // (tokens * self.vocabulary * 4))):
+            yield self._forward(batch)
+
+    def _forward(self, batch: Tensor) -> Tensor:
+        import numpy as np
+
+        if self._session is None:
+            raise FailedError(f"{self._folder}: the runtime is closed.")
+        count, _ = batch.shape
+        feeds = {"input_ids": batch.numpy(), "attention_mask": np.ones(tuple(batch.shape), np.int64)}
+        for name, (_, heads, _, size) in self._past.items():
+            feeds[name] = np.zeros((count, heads, 0, size), np.float32)
+        try:
+            (logits,) = self._session.run(["logits"], feeds)
+        except _ort_errors() as error:
+            raise FailedError(f"{self._folder}: onnxruntime cannot run the model ({_first_line(error)}).") from error
+        return torch.from_numpy(logits)
+
+    def close(self) -> None:
+        """See `Runtime.close`."""
+        self._session = None
+
+
+def _ort_errors() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises: pybind exceptions that share no base, and RuntimeError."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
+    return (*(getattr(state, name) for name in names), state.RuntimeException, state.EPFail, RuntimeError)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

@@ -1,0 +1,67 @@
+"""Every tensor of a GPTQ folder as a reader that is not ours decodes it.
+
+gptqmodel's torch kernel when it is installed: it unpacks, shifts the zero points and multiplies, for 2, 3, 4 and 8
+bits, v1 and v2. Else the GPTQ loader of the onnxruntime-genai builder (extra `genai`), which knows neither 3 bits nor
+v2; it gives ONNX-ordered integers, zero points and scales. Both run in a child process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from signround.errors import FailedError
+from signround.exporting import ExportedModel
+from signround.runtimes.gptq_child import Child
+
+from .config import V1, GptqFormat
+from .packing import PARTS
+
+WEIGHT = ".weight"
+BUILDER_BITS = (2, 4, 8)
+
+
+def decoded_by_other_reader(exported: ExportedModel, gptq: GptqFormat) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, float32). Raises FailedError that names the extra to install when no reader is there."""
+    if find_spec("gptqmodel") is not None:
+        return decoded_by_gptqmodel(exported, gptq)
+    if find_spec("onnxruntime_genai") is not None and gptq.bits in BUILDER_BITS and gptq.checkpoint_format == V1:
+        return decoded_by_builder(exported, gptq)
+    raise FailedError(
+        f"gptq: no independent reader of {gptq.bits}-bit {gptq.checkpoint_format} files is installed; "
+        "install one with `pip install signround[gptq]`."
+    )
+
+
+def decoded_by_gptqmodel(exported: ExportedModel, gptq: GptqFormat) -> Iterator[tuple[str, Tensor]]:
+    """One linear at a time through `TorchLinear.dequantize_weight`, float32 scales."""
+    folder = str(exported.target)
+    with Child("signround.runtimes.gptq_worker", "gptqmodel") as child:
+        files = child.ask({"do": "tensors", "folder": folder})[0]["tensors"]
+        suffix = f".{PARTS[0]}"
+        modules = [name.removesuffix(suffix) for name in files if name.endswith(suffix)]
+        for module in modules:
+            where = {"folder": folder, "file": files[f"{module}{suffix}"], "module": module}
+            _, (weight,) = child.ask({"do": "decode", **where, "format": gptq.to_json()})
+            yield module + WEIGHT, torch.from_numpy(weight)
+        packed = {f"{module}.{part}" for module in modules for part in PARTS}
+        for name in files.keys() - packed:
+            _, (tensor,) = child.ask({"do": "tensor", "folder": folder, "file": files[name], "name": name})
+            yield name, torch.from_numpy(tensor)
+
+
+def decoded_by_builder(exported: ExportedModel, gptq: GptqFormat) -> Iterator[tuple[str, Tensor]]:
+    """The whole folder through the builder's loader; its integers are multiplied here: scale * (code - zero point)."""
+    with Child("signround.runtimes.gptq_builder_worker", "the onnxruntime-genai builder") as child:
+        names = child.ask({"do": "open", "folder": str(exported.target)})[0]
+        for name in names["linears"]:
+            _, (codes, scales, zeros) = child.ask({"do": "linear", "name": name})
+            step = torch.from_numpy(scales).float().unsqueeze(-1)
+            level = torch.from_numpy(codes).float() - torch.from_numpy(zeros).float().unsqueeze(-1)
+            yield name, (step * level).flatten(1)
+        for name in names["kept"]:
+            _, (tensor,) = child.ask({"do": "kept", "name": name})
+            yield name, torch.from_numpy(tensor)

@@ -1,0 +1,187 @@
+"""The GGUF container, version 3: header, key-values, tensor table, aligned data; written and read beside each other.
+
+Layout (ggml/docs/gguf.md; all little endian):
+
+    "GGUF" u32 version=3, u64 tensors, u64 key-values
+    key-value:  string key, u32 type, value        string: u64 length, UTF-8 bytes
+                array value: u32 element type, u64 length, elements
+    tensor:     string name, u32 dimensions, u64 sizes (innermost first), u32 type, u64 offset from the data start
+    padding to 32, then each tensor, padded to 32
+
+Sizes come first and bytes later: the table is laid out from shapes, then one tensor at a time is written. Knows no
+models, no quantisation types (a type is its id and its byte count), no big-endian files, no other version, no splits.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+ALIGNMENT = 32
+VERSION = 3
+MAGIC = b"GGUF"
+SCALARS = {"u8": (0, "B"), "i8": (1, "b"), "u16": (2, "H"), "i16": (3, "h"), "u32": (4, "I"), "i32": (5, "i"),
+           "f32": (6, "f"), "bool": (7, "?"), "u64": (10, "Q"), "i64": (11, "q"), "f64": (12, "d")}  # fmt: skip
+STRING, ARRAY = 8, 9
+_FORMAT_OF = dict(SCALARS.values())
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """`kind` is a key of SCALARS or "string"; a list value is an array of that kind."""
+
+    key: str
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """`shape` outermost first (numpy's order); `type` is ggml's id; `bytes` the unpadded size of the data."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    bytes: int
+
+
+def padded(size: int) -> int:
+    return size + -size % ALIGNMENT
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _values(kind: str, values: Sequence[Any]) -> bytes:
+    if kind == "string":
+        return b"".join(_string(value) for value in values)
+    return struct.pack(f"<{len(values)}{SCALARS[kind][1]}", *values)
+
+
+def _encoded(entry: KeyValue) -> bytes:
+    code = STRING if entry.kind == "string" else SCALARS[entry.kind][0]
+    if isinstance(entry.value, list):
+        head = struct.pack("<IIQ", ARRAY, code, len(entry.value))
+        return _string(entry.key) + head + _values(entry.kind, entry.value)
+    return _string(entry.key) + struct.pack("<I", code) + _values(entry.kind, [entry.value])
+
+
+def header(entries: Sequence[KeyValue], tensors: Sequence[TensorEntry]) -> bytes:
+    """Everything before the tensor data, padding included."""
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(entries))]
+    parts += [_encoded(entry) for entry in entries]
+    offset = 0
+    for tensor in tensors:
+        sizes = tensor.shape[::-1]
+        parts += [_string(tensor.name), struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, tensor.type, offset)]
+        offset += padded(tensor.bytes)
+    raw = b"".join(parts)
+    return raw + bytes(padded(len(raw)) - len(raw))
+
+
+def file_bytes(entries: Sequence[KeyValue], tensors: Sequence[TensorEntry]) -> int:
+    """Size of the file that `write` makes."""
+    return len(header(entries, tensors)) + sum(padded(tensor.bytes) for tensor in tensors)
+
+
+def write(
+    stream: IO[bytes],
+    entries: Sequence[KeyValue],
+    tensors: Sequence[TensorEntry],
+    data: Callable[[TensorEntry], npt.NDArray[Any]],
+) -> Iterable[TensorEntry]:
+    """Write header and tensors; yields each entry after its data. One tensor is in memory at a time."""
+    stream.write(header(entries, tensors))
+    for tensor in tensors:
+        raw = np.ascontiguousarray(data(tensor))
+        if raw.nbytes != tensor.bytes:
+            raise ValueError(f"{tensor.name}: {raw.nbytes} bytes where {tensor.bytes} were announced")
+        stream.write(raw.data)
+        stream.write(bytes(padded(tensor.bytes) - tensor.bytes))
+        yield tensor
+
+
+class GgufFile:
+    """A GGUF file read lazily: key-values at birth, tensor bytes on demand. Raises ValueError when it is not one.
+
+    `type_bytes` maps a ggml type id to (elements, bytes) of its block.
+    """
+
+    def __init__(self, path: Path, type_bytes: Mapping[int, tuple[int, int]]) -> None:
+        self.path = path
+        self.values: dict[str, Any] = {}
+        self.tensors: dict[str, TensorEntry] = {}
+        self._offsets: dict[str, int] = {}
+        with open(path, "rb") as stream:
+            self._stream = stream
+            if self._take(4) != MAGIC:
+                raise ValueError("it does not start with GGUF")
+            version, tensors, entries = self._numbers("IQQ")
+            if version != VERSION:
+                raise ValueError(f"it is GGUF version {version}, this reads {VERSION}")
+            for _ in range(entries):
+                key = self._text()
+                self.values[key] = self._value(self._numbers("I")[0])
+            for _ in range(tensors):
+                self._tensor(type_bytes)
+            self._start = padded(stream.tell())
+        ends = [self._start + self._offsets[name] + entry.bytes for name, entry in self.tensors.items()]
+        needed = max(ends, default=0)
+        if path.stat().st_size < needed:
+            raise ValueError(f"it is cut short ({path.stat().st_size} bytes, its tensors need {needed})")
+
+    @cached_property
+    def _memory(self) -> npt.NDArray[np.uint8]:
+        return np.memmap(self.path, dtype=np.uint8, mode="r")
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]:
+        """A copy of the tensor's bytes."""
+        start = self._start + self._offsets[name]
+        return np.array(self._memory[start : start + self.tensors[name].bytes])
+
+    def _take(self, count: int) -> bytes:
+        raw = self._stream.read(count)
+        if len(raw) != count:
+            raise ValueError("its header is cut short")
+        return raw
+
+    def _numbers(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{layout}", self._take(struct.calcsize(f"<{layout}")))
+
+    def _text(self) -> str:
+        return self._take(self._numbers("Q")[0]).decode()
+
+    def _value(self, code: int) -> Any:
+        if code == STRING:
+            return self._text()
+        if code == ARRAY:
+            element, count = self._numbers("IQ")
+            if element in (STRING, ARRAY):
+                return [self._value(element) for _ in range(count)]
+            return list(self._numbers(f"{count}{self._format(element)}"))
+        return self._numbers(self._format(code))[0]
+
+    def _format(self, code: int) -> str:
+        if code not in _FORMAT_OF:
+            raise ValueError(f"it holds a value of unknown type {code}")
+        return _FORMAT_OF[code]
+
+    def _tensor(self, type_bytes: Mapping[int, tuple[int, int]]) -> None:
+        name = self._text()
+        dimensions = self._numbers("I")[0]
+        *sizes, kind, offset = self._numbers(f"{dimensions}QIQ")
+        if kind not in type_bytes:
+            raise ValueError(f"tensor {name} has type {kind}, which this release does not write")
+        elements, size = type_bytes[kind]
+        self.tensors[name] = TensorEntry(name, tuple(sizes[::-1]), kind, math.prod(sizes) // elements * size)
+        self._offsets[name] = offset

@@ -1,0 +1,213 @@
+"""GgufExporter: one .gguf file for llama.cpp, with the artifact's integers bit for bit.
+
+Lays out bits only. Refuses at plan time, all reasons at once, what no ggml block holds exactly, tensors that llama.cpp
+has no place for, and tokenizers that it would run otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporters.gguf.container import GgufFile
+from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
+from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
+from exporters.gguf.names import ROPE_FACTORS, checkpoint_name, halved, rotated_heads
+from exporters.gguf.packing import BLOCK, block_type_for, obstacle, unpack
+from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
+from exporters.gguf.tokenizer import read_tokenizer
+from exporters.gguf.vocabulary import CarriedTokenizer
+from exporters.gguf.writer import planned_bytes, write_gguf
+from signround.artifact import QuantizedCheckpoint
+from signround.errors import FailedError, Refusal, RefusedError, refuse
+from signround.events import Listener, StageAdvanced, StageStarted
+from signround.exporting import ExportedModel
+from signround.files import written_whole
+from signround.plan import LayerPlan, ModelPlan
+from signround.qtensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class GgufExporter:
+    """`float_type`: dtype of unquantised matrices, one of auto (each its own), f32, f16, bf16. `pre`: llama.cpp's
+    name of the tokenizer's splitting rule, auto to find it."""
+
+    float_type: str = AUTO
+    pre: str = AUTO_PRE
+
+    @property
+    def name(self) -> str:
+        return "gguf"
+
+    @property
+    def zero_floor(self) -> int:
+        return 0
+
+    def refusals(self, plan: ModelPlan) -> list[Refusal]:
+        """Grids without a block type (equal reasons over layers become one), tensors, options, tokenizer."""
+        found = self._option_refusals() + _grid_refusals(plan) + _tensor_refusals(plan)
+        try:
+            self._tokenizer(plan)
+        except RefusedError as error:
+            found += error.refusals
+        return found
+
+    def notes(self, plan: ModelPlan) -> list[str]:
+        """What grows, what llama.cpp ignores, and how its tokenizer differs."""
+        found = _growth_notes(plan)
+        windows = {window for window in plan.architecture.windows if window is not None}
+        if windows and min(windows) < plan.architecture.context:
+            found.append(
+                f"gguf: llama.cpp ignores the sliding window of {plan.architecture.family.hf_class}; up to "
+                f"{min(windows)} tokens nothing changes, in longer texts every block sees everything"
+            )
+        if self.float_type != AUTO:
+            found.append(f"gguf: unquantised matrices are stored as {self.float_type}")
+        with contextlib.suppress(RefusedError):  # `refusals` names it
+            found += [f"gguf: {note}" for note in self._tokenizer(plan).notes]
+        return found
+
+    def estimated_bytes(self, plan: ModelPlan) -> int:
+        """The exact size."""
+        return planned_bytes(plan, self._tokenizer(plan), self.float_type)
+
+    def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
+        """Write `<model>-<scheme>.gguf` into `out`. Raises FailedError when the disk is full or a matrix overflows."""
+        plan = artifact.plan
+        target = out / f"{plan.model}-{plan.scheme}.gguf"
+        tokenizer = self._tokenizer(plan)
+        total = len(layout(plan, self.float_type))
+        on_event(StageStarted("export", f"gguf: {target.name}", total))
+        with written_whole(target) as temporary, open(temporary, "wb") as stream:
+            names = write_gguf(
+                stream,
+                plan,
+                tokenizer=tokenizer,
+                fingerprint=artifact.fingerprint,
+                float_type=self.float_type,
+                quantized=artifact.quantized,
+                kept=artifact.tensor,
+            )
+            for done, name in enumerate(names, 1):
+                on_event(StageAdvanced("export", done, total, name))
+        return ExportedModel(self.name, target, (target,), self._kept_dtype(self.float_type))
+
+    def opened(self, target: Path) -> ExportedModel:
+        """A .gguf file, or the folder that holds exactly one. Raises RefusedError when signround did not write it."""
+        path = _only_file(target)
+        values = _parsed(path).values
+        if GRIDS not in values or FLOAT_TYPE not in values:
+            raise refuse("the file was not written by signround", "give one that `signround export` wrote", str(path))
+        return ExportedModel(self.name, path, (path,), self._kept_dtype(values[FLOAT_TYPE]))
+
+    def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
+        """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
+        file = _parsed(exported.target)
+        grids = grids_of(file.values)
+        for name, entry in file.tensors.items():
+            if name in grids:
+                raw = file.data(name).reshape(entry.shape[0], -1)
+                heads = _heads(name, file.values)
+                ordered = raw if heads is None else halved(raw, heads)
+                try:
+                    yield checkpoint_name(name), unpack(ordered, grids[name], entry.shape[1])
+                except ValueError as error:
+                    raise FailedError(f"{exported.target}: {name} is damaged ({error}); export it again.") from error
+
+    def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
+        """Decode every tensor with gguf-py (the reader of the llama.cpp project)."""
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+
+        reader = GGUFReader(exported.target)
+        values = {key: field.contents() for key, field in reader.fields.items() if "head_count" in key or "arch" in key}
+        for tensor in reader.tensors:
+            if tensor.name == ROPE_FACTORS:
+                continue
+            shape = [int(size) for size in tensor.shape[::-1]]
+            weight = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+            heads = _heads(tensor.name, values)
+            ordered = weight.copy() if heads is None else halved(weight, heads)
+            yield checkpoint_name(tensor.name), torch.from_numpy(ordered)
+
+    def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
+        return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)
+
+    def _option_refusals(self) -> list[Refusal]:
+        if self.float_type in (AUTO, *FLOAT_TYPES):
+            return []
+        allowed = ", ".join((AUTO, *FLOAT_TYPES))
+        return [Refusal(f"float_type {self.float_type!r} is not known", f"choose one of {allowed}", "gguf.float_type")]
+
+    @staticmethod
+    def _kept_dtype(float_type: str) -> torch.dtype | None:
+        return None if float_type == AUTO else FLOAT_TYPES[float_type].dtype
+
+
+def _grid_refusals(plan: ModelPlan) -> list[Refusal]:
+    reasons: dict[tuple[str, str], list[LayerPlan]] = {}
+    for layer in plan.layers():
+        reason = obstacle(layer.grid, layer.columns)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(layer)
+    return [
+        Refusal(f"{problem} ({layers[0].name} and {len(layers) - 1} more)", next_step, "gguf")
+        for (problem, next_step), layers in reasons.items()
+    ]
+
+
+def _tensor_refusals(plan: ModelPlan) -> list[Refusal]:
+    """llama.cpp has optional biases on o, gate, up and down in its llama architecture alone."""
+    architecture = plan.architecture
+    if architecture.family.model_type in ("llama", "mistral"):
+        return []
+    names = [kept.name for kept in plan.kept() if kept.name.endswith((".o_proj.bias", "mlp.down_proj.bias"))]
+    if not names:
+        return []
+    problem = f"llama.cpp's {architecture.family.model_type} has no place for {names[0]} (and {len(names) - 1} more)"
+    return [Refusal(problem, "export this model to onnx or gptq instead", "gguf")]
+
+
+def _growth_notes(plan: ModelPlan) -> list[str]:
+    """One note a block type whose blocks are shorter than the groups of the grid."""
+    grown: dict[str, tuple[float, float]] = {}
+    for layer in plan.layers():
+        if obstacle(layer.grid, layer.columns) is None and layer.grid.group_of(layer.columns) > BLOCK:
+            kind = block_type_for(layer.grid, layer.columns)
+            stored = kind.bytes * 8 / kind.elements
+            grown.setdefault(kind.name, (layer.grid.bits_per_weight(layer.columns), stored))
+    return [
+        f"gguf: {name} keeps a scale every {BLOCK} weights, so {plan.scheme} takes {stored:.2f} bits a weight there "
+        f"instead of {own:.2f}; the integers are the same"
+        for name, (own, stored) in grown.items()
+    ]
+
+
+def _heads(name: str, values: dict[str, Any]) -> int | None:
+    architecture = values["general.architecture"]
+    heads = values[f"{architecture}.attention.head_count"]
+    return rotated_heads(name, architecture, heads, values[f"{architecture}.attention.head_count_kv"])
+
+
+def _only_file(target: Path) -> Path:
+    if not target.is_dir():
+        return target
+    files = sorted(target.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files) or "none"
+        raise refuse(f"the folder must hold exactly one .gguf file, found {found}", "name the file", str(target))
+    return files[0]
+
+
+def _parsed(path: Path) -> GgufFile:
+    try:
+        return GgufFile(path, TYPE_BYTES)
+    except (OSError, ValueError) as error:
+        problem = f"not a GGUF file of ours ({error})"
+        raise refuse(problem, "give a file that `signround export` wrote", str(path)) from error

@@ -1,0 +1,102 @@
+"""The table of contents of a GGUF file: every tensor with its type and size, known from the plan alone.
+
+Quantised linears take the block type that holds their grid; kept matrices their own dtype or the one asked for; vectors
+are float32, as llama.cpp wants them. Never looks at weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exporters.gguf.container import TensorEntry
+from exporters.gguf.names import ROPE_FACTORS, gguf_name
+from exporters.gguf.packing import BLOCK_TYPES, block_type_for
+from signround.plan import KeptTensor, LayerPlan, ModelPlan
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class FloatType:
+    """`code` is ggml's type id, `file_type` what `general.file_type` says of a file of such matrices."""
+
+    name: str
+    dtype: torch.dtype
+    code: int
+    file_type: int
+
+
+FLOAT_TYPES = {
+    "f32": FloatType("f32", torch.float32, 0, 0),
+    "f16": FloatType("f16", torch.float16, 1, 1),
+    "bf16": FloatType("bf16", torch.bfloat16, 30, 32),
+}
+TYPE_BYTES = {kind.code: (kind.elements, kind.bytes) for kind in BLOCK_TYPES} | {
+    kind.code: (1, kind.dtype.itemsize) for kind in FLOAT_TYPES.values()
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the file: its table entry, and where it comes from (None: Llama 3's rotary factors)."""
+
+    entry: TensorEntry
+    source: LayerPlan | KeptTensor | None
+
+
+def float_type_of(kept: KeptTensor, choice: str) -> FloatType:
+    """How a kept tensor is stored: vectors float32, matrices in their own dtype or the chosen one."""
+    if len(kept.shape) == 1:
+        return FLOAT_TYPES["f32"]
+    if choice != AUTO:
+        return FLOAT_TYPES[choice]
+    return next(kind for kind in FLOAT_TYPES.values() if kind.dtype == kept.torch_dtype)
+
+
+def float_bytes(tensor: Tensor) -> torch.Tensor:
+    """A contiguous CPU tensor of bytes-compatible integers: numpy has no bfloat16."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+def layout(plan: ModelPlan, float_type: str) -> list[Slot]:
+    """Every tensor in file order: outer ones, then block by block, then the rotary factors."""
+    slots = []
+    for kept in plan.outer:
+        slots.append(_kept_slot(kept, float_type))
+    for block in plan.blocks:
+        slots += [_kept_slot(kept, float_type) for kept in block.kept]
+        slots += [_layer_slot(layer) for layer in block.layers]
+    if plan.architecture.rope.kind == "llama3":
+        half = plan.architecture.head_dim // 2
+        slots.append(Slot(TensorEntry(ROPE_FACTORS, (half,), FLOAT_TYPES["f32"].code, half * 4), None))
+    return slots
+
+
+def _kept_slot(kept: KeptTensor, choice: str) -> Slot:
+    kind = float_type_of(kept, choice)
+    size = math.prod(kept.shape) * kind.dtype.itemsize
+    return Slot(TensorEntry(gguf_name(kept.name), kept.shape, kind.code, size), kept)
+
+
+def _layer_slot(layer: LayerPlan) -> Slot:
+    kind = block_type_for(layer.grid, layer.columns)
+    size = layer.rows * kind.row_bytes(layer.columns)
+    return Slot(TensorEntry(gguf_name(layer.name), (layer.rows, layer.columns), kind.code, size), layer)
+
+
+def file_type(plan: ModelPlan, float_type: str) -> int:
+    """`general.file_type`: the type of most weights."""
+    counted: Counter[int] = Counter()
+    for layer in plan.layers():
+        counted[block_type_for(layer.grid, layer.columns).file_type] += layer.rows * layer.columns
+    if not counted:
+        for kept in plan.kept():
+            if len(kept.shape) > 1:
+                counted[float_type_of(kept, float_type).file_type] += math.prod(kept.shape)
+    return counted.most_common(1)[0][0]

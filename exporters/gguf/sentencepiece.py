@@ -1,0 +1,149 @@
+"""SentencePiece BPE with byte fallback (Llama 2, Mistral): GGUF's "llama" tokenizer, which merges by score.
+
+Refuses tokenizers that prepare texts in ways llama.cpp lacks, and those whose merges no order of scores reproduces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporters.gguf.pre_tokenizer import PROBES
+from exporters.gguf.probing import Json, around, ids_by_text, loaded, stripping_notes
+from exporters.gguf.sentencepiece_model import merged_by_score, read_sentencepiece
+from exporters.gguf.specials import chat_templates, read_specials
+from exporters.gguf.vocabulary import NORMAL, SPACE, UNKNOWN, UNUSED, CarriedTokenizer, Vocabulary, token_table
+from signround.errors import refuse
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0  # as in llama.cpp's converter; these tokens are never merged into
+
+
+def carry_sentencepiece(folder: Path, data: Json, config: Json, vocabulary: int) -> CarriedTokenizer:
+    """`data` is tokenizer.json; scores come from tokenizer.model when it lies beside and agrees, else from the order
+    of merges. Raises RefusedError when llama.cpp would tokenise a probe text otherwise."""
+    model, added = data["model"], data["added_tokens"]
+    vocab: dict[str, int] = model["vocab"]
+    missing = [code for code in map("<0x{:02X}>".format, range(256)) if code not in vocab]
+    if missing:
+        raise refuse(
+            f"the tokenizer is neither byte-level nor has it a token for every byte ({missing[0]} is missing)",
+            "export to another format",
+            "tokenizer.json",
+        )
+    unknown = model.get("unk_token")
+    tokens, types, notes = token_table(vocab, added, vocabulary, unknown)
+    scores = _score_table(tokens, types, _ranked(folder, model), added)
+    tokenizer = loaded(folder)
+    prefix, prefix_notes = _space_prefix(tokenizer)
+    _compare_merging(tokenizer, vocab, dict(zip(tokens, scores, strict=True)))
+    return CarriedTokenizer(
+        model="llama",
+        pre="default",
+        vocabulary=Vocabulary(tuple(tokens), tuple(types), scores=tuple(scores)),
+        specials=read_specials(
+            folder, ids_by_text(data), config, vocabulary, around=around(tokenizer), unknown=unknown
+        ),
+        templates=chat_templates(folder),
+        add_space_prefix=prefix,
+        notes=tuple(notes + prefix_notes + stripping_notes(added)),
+    )
+
+
+def carry_sentencepiece_model(folder: Path, settings: Json, config: Json, vocabulary: int) -> CarriedTokenizer:
+    """A folder with tokenizer.model alone; added tokens from `added_tokens_decoder` of tokenizer_config.json."""
+    model = read_sentencepiece(folder / "tokenizer.model")
+    vocab = {piece.text: index for index, piece in enumerate(model.pieces)}
+    decoder: Json = settings.get("added_tokens_decoder") or {}
+    added = [{"id": int(index), "special": False, **entry} for index, entry in decoder.items()]
+    unknown = next((piece.text for piece in model.pieces if piece.type == UNKNOWN), None)
+    tokens, types, notes = token_table(vocab, added, vocabulary, unknown)
+    for index, piece in enumerate(model.pieces[:vocabulary]):
+        if types[index] == NORMAL:
+            types[index] = piece.type
+    scores = _score_table(tokens, types, {piece.text: piece.score for piece in model.pieces}, added)
+    ids = vocab | {entry["content"]: entry["id"] for entry in added}
+    return CarriedTokenizer(
+        model="llama",
+        pre="default",
+        vocabulary=Vocabulary(tuple(tokens), tuple(types), scores=tuple(scores)),
+        specials=read_specials(folder, ids, config, vocabulary, around=None, unknown=unknown),
+        templates=chat_templates(folder),
+        add_space_prefix=model.add_space_prefix,
+        notes=tuple(notes + stripping_notes(added)),
+    )
+
+
+def _ranked(folder: Path, model: Json) -> dict[str, float]:
+    """Piece -> score: the higher, the earlier it is merged."""
+    file = folder / "tokenizer.model"
+    if file.is_file():
+        pieces = read_sentencepiece(file).pieces
+        if all(model["vocab"].get(piece.text) == index for index, piece in enumerate(pieces)):
+            return {piece.text: piece.score for piece in pieces}
+    scores: dict[str, float] = {}
+    for rank, merge in enumerate(model["merges"]):
+        pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+        scores.setdefault("".join(pair), -float(rank + 1))
+    return scores
+
+
+def _score_table(
+    tokens: Sequence[str], types: Sequence[int], ranked: Mapping[str, float], added: Sequence[Json]
+) -> list[float]:
+    scores = [
+        PADDING_SCORE if kind == UNUSED else ranked.get(text, 0.0) for text, kind in zip(tokens, types, strict=True)
+    ]
+    for entry in added:
+        if entry["id"] < len(scores):
+            scores[entry["id"]] = ADDED_SCORE
+    return scores
+
+
+def _prepared(tokenizer: Tokenizer, text: str) -> list[str]:
+    """What the tokenizer merges: the text after normalizer and pre-tokenizer."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return [text]
+    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def _space_prefix(tokenizer: Tokenizer) -> tuple[bool, list[str]]:
+    """Whether a space is put before a text, and notes. Raises RefusedError when texts are changed in another way."""
+    notes: list[str] = []
+    prefixed = _prepared(tokenizer, "a") == [SPACE + "a"]
+    for probe in PROBES:
+        pieces = _prepared(tokenizer, probe)
+        escaped = probe.replace(" ", SPACE)
+        if pieces == [SPACE + escaped if prefixed else escaped]:
+            continue
+        if pieces == [escaped] and escaped.startswith(SPACE):
+            notes = ["texts that begin with a space get one space more in llama.cpp than in tokenizer.json"]
+            continue
+        raise refuse(
+            f"the tokenizer prepares {probe[:20]!r} in a way that llama.cpp cannot follow "
+            "(its only changes are spaces to ▁ and a space in front)",
+            "export to another format",
+            "tokenizer.json",
+        )
+    return prefixed, notes
+
+
+def _compare_merging(tokenizer: Tokenizer, vocab: Mapping[str, int], scores: Mapping[str, float]) -> None:
+    """Raise RefusedError when merging by score gives other pieces than tokenizer.json on a probe text."""
+    for probe in PROBES:
+        wanted = tokenizer.encode(probe, add_special_tokens=False).ids
+        found: list[int] = []
+        for symbol in merged_by_score("".join(_prepared(tokenizer, probe)), scores):
+            codes = [f"<0x{byte:02X}>" for byte in symbol.encode()]
+            found += [vocab[symbol]] if symbol in vocab else [vocab[code] for code in codes]
+        if found != wanted:
+            raise refuse(
+                f"llama.cpp would tokenise {probe[:20]!r} otherwise: no order of scores reproduces the merges",
+                "export to another format",
+                "tokenizer.json",
+            )

@@ -1,0 +1,115 @@
+"""Special token ids, whether BOS and EOS are added, and chat templates: read from what a Hugging Face folder says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from signround.errors import refuse
+
+
+@dataclass(frozen=True)
+class Specials:
+    """Ids that GGUF names, and what llama.cpp adds around a text."""
+
+    bos: int | None
+    eos: int
+    unk: int | None
+    pad: int | None
+    add_bos: bool
+    add_eos: bool
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} when there is none. Raises RefusedError when it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise refuse(f"not valid JSON ({error})", "download the file again", str(path)) from error
+    if not isinstance(data, dict):
+        raise refuse("must hold a JSON object", "download the file again", str(path))
+    return data
+
+
+def read_specials(
+    folder: Path,
+    ids: Mapping[str, int],
+    config: Mapping[str, Any],
+    vocabulary: int,
+    *,
+    around: tuple[Sequence[int], Sequence[int]] | None,
+    unknown: str | None = None,
+) -> Specials:
+    """`ids` maps token text to id; `around` is what tokenizer.json puts before and after a text (None: no such file);
+    `unknown` is the unknown token of the tokenizer's model.
+
+    Order of trust: tokenizer_config.json, special_tokens_map.json, config.json; an explicit add_bos_token or
+    add_eos_token of tokenizer_config.json wins over the template (as in llama.cpp's converter). Raises RefusedError
+    when a text is wrapped in something that is not BOS and EOS, or when there is no EOS.
+    """
+    settings = read_json(folder / "tokenizer_config.json")
+    sources = (settings, read_json(folder / "special_tokens_map.json"))
+    bos, eos, unk, pad = (_special_id(kind, sources, ids, config, vocabulary) for kind in ("bos", "eos", "unk", "pad"))
+    before, after = around if around is not None else ((() if bos is None else (bos,)), ())
+    if bos is None and len(before) == 1:
+        bos = before[0]
+    if eos is None and len(after) == 1:
+        eos = after[0]
+    if (before and list(before) != [bos]) or (after and list(after) != [eos]):
+        raise refuse(
+            f"the tokenizer puts tokens {list(before)} before and {list(after)} after a text; llama.cpp can only add "
+            f"BOS ({bos}) and EOS ({eos})",
+            "correct bos_token and eos_token in tokenizer_config.json",
+            "tokenizer.json",
+        )
+    if eos is None:
+        raise refuse(
+            "the tokenizer names no end-of-sequence token, and llama.cpp would take token 11 for it",
+            "set eos_token in tokenizer_config.json",
+            "tokenizer_config.json",
+        )
+    return Specials(
+        bos=eos if bos is None else bos,  # never added; unwritten, llama.cpp would take token 11
+        eos=eos,
+        unk=ids.get(unknown) if unk is None and unknown is not None else unk,
+        pad=pad,
+        add_bos=_flag(settings, "add_bos_token", bool(before)) and bos is not None,
+        add_eos=_flag(settings, "add_eos_token", bool(after)),
+    )
+
+
+def _flag(settings: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = settings.get(name)
+    return value if isinstance(value, bool) else default
+
+
+def _special_id(
+    kind: str, sources: Sequence[Mapping[str, Any]], ids: Mapping[str, int], config: Mapping[str, Any], vocabulary: int
+) -> int | None:
+    for source in sources:
+        token = source.get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(text, str) and ids.get(text, vocabulary) < vocabulary:
+            return ids[text]
+    index = config.get(f"{kind}_token_id")
+    if isinstance(index, list):
+        index = index[0] if index else None
+    return index if isinstance(index, int) and 0 <= index < vocabulary else None
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """Name -> template, "default" first: chat_template.jinja, else `chat_template` of tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return {"default": file.read_text(encoding="utf-8")}
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, str):
+        return {"default": template}
+    if isinstance(template, list):
+        return {str(entry["name"]): str(entry["template"]) for entry in template}
+    return {}

@@ -1,0 +1,49 @@
+"""Carry a Hugging Face tokenizer into GGUF: told from tokenizer.json, compared with it on probe texts.
+
+Two kinds exist in our families: byte-level BPE becomes `tokenizer.ggml.model` "gpt2" with a splitting rule
+(`byte_level.py`); SentencePiece BPE with byte fallback (Llama 2, Mistral) becomes "llama" with scores
+(`sentencepiece.py`). What llama.cpp would tokenise otherwise is refused when a probe text shows it, and noted when it
+only concerns rare texts. Nothing is guessed from model names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporters.gguf.byte_level import carry_byte_level
+from exporters.gguf.pre_tokenizer import AUTO
+from exporters.gguf.sentencepiece import carry_sentencepiece, carry_sentencepiece_model
+from exporters.gguf.specials import read_json
+from exporters.gguf.vocabulary import CarriedTokenizer, component_types
+from signround.errors import refuse
+
+
+def read_tokenizer(folder: Path, config: Mapping[str, Any], vocabulary: int, pre: str = AUTO) -> CarriedTokenizer:
+    """The tokenizer of a model folder for an embedding of `vocabulary` rows; `pre` overrides the splitting rule.
+
+    Raises RefusedError when llama.cpp has no tokenizer that behaves like it.
+    """
+    settings = read_json(folder / "tokenizer_config.json")
+    if not (folder / "tokenizer.json").is_file():
+        if (folder / "tokenizer.model").is_file():
+            return carry_sentencepiece_model(folder, settings, config, vocabulary)
+        raise refuse(
+            "the model has neither tokenizer.json nor tokenizer.model",
+            "save it with AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers",
+            str(folder),
+        )
+    tokenizer = read_json(folder / "tokenizer.json")
+    model = tokenizer.get("model") or {}
+    kinds = component_types(tokenizer.get("pre_tokenizer")) | component_types(tokenizer.get("decoder"))
+    if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise refuse(
+            f"a tokenizer of type {model.get('type')!r} (or one with subword affixes) cannot be carried; "
+            "byte-level BPE and SentencePiece BPE can",
+            "export to another format",
+            "tokenizer.json",
+        )
+    if "ByteLevel" in kinds:
+        return carry_byte_level(folder, tokenizer, config, vocabulary, pre)
+    return carry_sentencepiece(folder, tokenizer, config, vocabulary)

@@ -1,0 +1,95 @@
+"""Write a GGUF file from a plan and two readers of tensors: sizes first, then one tensor at a time.
+
+Packs, permutes whole rows and casts kept matrices to the dtype asked for; never rounds a quantised weight. The caller
+makes the file whole or absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from exporters.gguf import metadata
+from exporters.gguf.container import KeyValue, TensorEntry, file_bytes, write
+from exporters.gguf.layout import Slot, file_type, float_bytes, float_type_of, layout
+from exporters.gguf.names import interleaved, rotated_heads_of
+from exporters.gguf.packing import pack
+from exporters.gguf.vocabulary import CarriedTokenizer
+from signround.errors import FailedError
+from signround.plan import KeptTensor, LayerPlan, ModelPlan
+from signround.qtensor import QuantizedTensor
+
+FINGERPRINT_LENGTH = 64
+
+
+def entries_of(plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str, float_type: str) -> list[KeyValue]:
+    """Every key-value of the file, in order."""
+    return [
+        *metadata.general(plan, file_type(plan, float_type)),
+        *metadata.hyperparameters(plan.architecture),
+        *tokenizer.entries(),
+        *metadata.provenance(plan, fingerprint, float_type),
+    ]
+
+
+def planned_bytes(plan: ModelPlan, tokenizer: CarriedTokenizer, float_type: str) -> int:
+    """Exact size of the file to come."""
+    entries = entries_of(plan, tokenizer, "0" * FINGERPRINT_LENGTH, float_type)
+    return file_bytes(entries, [slot.entry for slot in layout(plan, float_type)])
+
+
+def write_gguf(
+    stream: IO[bytes],
+    plan: ModelPlan,
+    *,
+    tokenizer: CarriedTokenizer,
+    fingerprint: str,
+    float_type: str,
+    quantized: Callable[[str], QuantizedTensor],
+    kept: Callable[[str], Tensor],
+) -> Iterator[str]:
+    """Yields the GGUF name of each tensor after it is written. `quantized` and `kept` read by checkpoint name.
+
+    Raises FailedError when a kept matrix does not fit the dtype asked for.
+    """
+    slots = {slot.entry.name: slot for slot in layout(plan, float_type)}
+
+    def data(entry: TensorEntry) -> npt.NDArray[Any]:
+        return _data(slots[entry.name], plan, float_type, quantized, kept)
+
+    entries = entries_of(plan, tokenizer, fingerprint, float_type)
+    for entry in write(stream, entries, [slot.entry for slot in slots.values()], data):
+        yield entry.name
+
+
+def _data(
+    slot: Slot,
+    plan: ModelPlan,
+    float_type: str,
+    quantized: Callable[[str], QuantizedTensor],
+    kept: Callable[[str], Tensor],
+) -> npt.NDArray[Any]:
+    if isinstance(slot.source, LayerPlan):
+        rows: npt.NDArray[Any] = pack(quantized(slot.source.name))
+    elif isinstance(slot.source, KeptTensor):
+        rows = float_bytes(_cast(kept(slot.source.name), slot.source, float_type)).numpy()
+    else:
+        factors = metadata.rope_factors(plan.architecture.rope, plan.architecture.head_dim)
+        assert factors is not None
+        return factors
+    heads = rotated_heads_of(slot.entry.name, plan.architecture)
+    return rows if heads is None else interleaved(rows, heads)
+
+
+def _cast(tensor: Tensor, kept: KeptTensor, float_type: str) -> Tensor:
+    cast = tensor.to(float_type_of(kept, float_type).dtype)
+    if not bool(torch.isfinite(cast).all()):
+        raise FailedError(
+            f"{kept.name}: holds values beyond the range of {float_type}; "
+            "export again with --set gguf.float_type=bf16 or auto."
+        )
+    return cast

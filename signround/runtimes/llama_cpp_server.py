@@ -1,0 +1,141 @@
+"""One position at a time through xllamacpp's embedded llama-server, on localhost with a random key.
+
+llama-server gives log-probabilities of the next token only, so a window of n tokens is n requests; the prompt cache
+makes each a single decoding step. Run as a module, it is the child that hosts the server until its input is closed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from signround.runtimes.llama_cpp_child import Child, answer, private_output
+
+CONTEXT_STEP = 256
+FORCING_BIAS = 1000.0
+
+
+class ServerRuntime:
+    """`Runtime` over xllamacpp; values are log-probabilities. Raises FailedError when the file cannot be loaded."""
+
+    def __init__(self, path: Path, threads: int, repack: bool) -> None:
+        self._settings = {"path": str(path), "threads": threads, "repack": repack, "key": secrets.token_urlsafe(24)}
+        self._path = path
+        self._start(2 * CONTEXT_STEP)
+        self.vocabulary: int = self._get("/v1/models")["data"][0]["meta"]["n_vocab"]
+        # The server samples a token whatever it is asked, and one that is part of a character has no probabilities in
+        # its answer; so a plain letter is forced. The probabilities asked for are those before that bias.
+        self._letter = self.tokenize("a")[-1]
+        kernels = "" if repack else ", plain kernels"
+        self.name = f"llama.cpp (xllamacpp {self._version}), float32 KV cache, no flash attention{kernels}"
+        first = self.tokenize("a a a a a a")
+        self._next(first[:1])
+        began = time.perf_counter()
+        self._next(first[:2])
+        self.seconds_per_position: float | None = time.perf_counter() - began
+
+    def _start(self, context: int) -> None:
+        self._context = context
+        self._child = Child(__name__, {**self._settings, "context": context}, self._path)
+        ready = self._child.line()
+        self._version: str = ready["version"]
+        address = urlsplit(ready["address"])
+        self._connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port)
+
+    def logits(self, windows: Tensor) -> Iterator[Tensor]:
+        """As `Runtime.logits`: log-probabilities, one window at a time, one request a position."""
+        tokens = windows.shape[1]
+        if tokens >= self._context:
+            self.close()
+            self._start(tokens // CONTEXT_STEP * CONTEXT_STEP + CONTEXT_STEP)
+        for window in windows.tolist():
+            rows = [self._next(window[:end]) for end in range(1, tokens + 1)]
+            yield torch.stack(rows).unsqueeze(0)
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """As `LlamaCpp.tokenize`."""
+        request = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        ids: list[int] = self._post("/tokenize", request)["tokens"]
+        return ids
+
+    def close(self) -> None:
+        self._connection.close()
+        self._child.close()
+
+    def _next(self, prompt: list[int]) -> Tensor:
+        """float32 [vocabulary]: log-probabilities of the token after `prompt`."""
+        request = {
+            "prompt": prompt,
+            "n_predict": 1,
+            "n_probs": self.vocabulary,
+            "temperature": -1,
+            "cache_prompt": True,
+            "logit_bias": [[self._letter, FORCING_BIAS]],
+        }
+        entries = self._post("/completion", request)["completion_probabilities"][0]["top_logprobs"]
+        if len(entries) != self.vocabulary:
+            raise self._child.failure(f"{len(entries)} of {self.vocabulary} log-probabilities were given")
+        row = torch.empty(self.vocabulary)
+        row[torch.tensor([entry["id"] for entry in entries])] = torch.tensor([entry["logprob"] for entry in entries])
+        return row
+
+    def _get(self, route: str) -> dict[str, Any]:
+        return self._exchange("GET", route, None)
+
+    def _post(self, route: str, request: dict[str, Any]) -> dict[str, Any]:
+        return self._exchange("POST", route, json.dumps(request))
+
+    def _exchange(self, method: str, route: str, body: str | None) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self._settings['key']}", "Content-Type": "application/json"}
+        for attempt in range(2):  # the server closes a kept-alive connection after a while
+            try:
+                self._connection.request(method, route, body, headers)
+                response = self._connection.getresponse()
+                raw = response.read()
+                break
+            except (http.client.HTTPException, ConnectionError) as error:
+                self._connection.close()
+                if attempt:
+                    raise self._child.failure() from error
+        if response.status != http.client.OK:
+            raise self._child.failure(raw.decode(errors="replace")[:200])
+        data: dict[str, Any] = json.loads(raw)
+        return data
+
+
+def _serve(path: str, threads: int, repack: bool, key: str, context: int) -> None:
+    answers = private_output()
+    import importlib.metadata
+
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = path
+    parameters.n_ctx = context
+    parameters.n_gpu_layers = 0
+    parameters.n_parallel = 1
+    parameters.warmup = False
+    parameters.no_extra_bufts = not repack
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.cache_ram_mib = 0  # no copies of old prompts
+    parameters.fit_params = False  # the context asked for, whatever memory seems free
+    parameters.api_keys = [key]
+    server = xllamacpp.Server(parameters)
+    answer(answers, {"address": server.listening_address, "version": importlib.metadata.version("xllamacpp")})
+    sys.stdin.buffer.read()
+
+
+if __name__ == "__main__":
+    _serve(**json.loads(sys.argv[1]))

@@ -171,22 +171,11 @@ class ArtifactWriter:
                 "choose an empty or new -o folder",
                 str(folder),
             )
-        if is_artifact(folder):
-            self.manifest = _read_manifest(folder)
-            self._same_plan()
-        else:
-            self.manifest = {
-                "schema_version": SCHEMA_VERSION,
-                "model": plan.model,
-                "plan": plan.identity,
-                "calibration": None,
-                "files": {},
-                "complete": False,
-            }
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(folder)
         try:
+            self.manifest = self._begun()  # read under the lock: another run may just have finished
             for path in model_files:
                 self._copy(path, f"model/{path.name}")
             self._save_manifest()
@@ -197,11 +186,26 @@ class ArtifactWriter:
     def close(self) -> None:
         self._lock.close()
 
-    def _same_plan(self) -> None:
-        theirs, ours = sha256_of_json(self.manifest["plan"]), self.plan.fingerprint
+    def _begun(self) -> dict[str, Any]:
+        """The manifest of the folder, if it is of this plan; a new one for a new folder."""
+        if is_artifact(self.folder):
+            manifest = _read_manifest(self.folder)
+            self._same_plan(manifest["plan"])
+            return manifest
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.plan.model,
+            "plan": self.plan.identity,
+            "calibration": None,
+            "files": {},
+            "complete": False,
+        }
+
+    def _same_plan(self, old: Mapping[str, Any]) -> None:
+        theirs, ours = sha256_of_json(old), self.plan.fingerprint
         if theirs == ours:
             return
-        old, new = self.manifest["plan"], self.plan.identity
+        new = self.plan.identity
         differing = [key for key in new if old.get(key) != new[key]]
         raise refuse(
             f"the folder holds an artifact of another job (fingerprint {theirs[:12]}, this one is {ours[:12]}; "
@@ -283,6 +287,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         version = manifest["schema_version"]
+        if version == SCHEMA_VERSION:
+            _ = [manifest[key] for key in ("model", "plan", "calibration", "files", "complete")]
     except (ValueError, KeyError, TypeError) as error:
         raise refuse("manifest.json is damaged", "delete the folder and start again", str(folder)) from error
     if version != SCHEMA_VERSION:

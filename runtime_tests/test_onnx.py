@@ -1,4 +1,4 @@
-"""The ONNX folder in its real runtimes: onnxruntime and onnxruntime-genai against transformers on the decoded weights."""
+"""The ONNX folder in onnxruntime and onnxruntime-genai, against transformers on the decoded weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COVERING = [
     ("llama-untied", "w2g64-asym", {}),
     ("llama-biased", "w3g128-asym", {}),
     ("llama3-rope", "w8g32", {}),
-    ("llama", "w3g32", {"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    ("llama", "w3g32", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     ("smollm2-like", "w4g128-asym", {}),
     ("smollm2-like", "w4gc", {}),
     ("mistral", "q4_0", {}),

@@ -61,7 +61,7 @@ class GraphBuilder:
         if name in self.constants:
             raise ValueError(f"constant {name} exists already")
 
-        def read() -> ir.Tensor:
+        def read() -> ir.Tensor[NDArray[Any]]:
             array = load()
             if array.shape != tuple(shape):
                 raise ValueError(f"{name} must have shape {tuple(shape)}, got {array.shape}")

@@ -1,6 +1,6 @@
-"""Our own look at a written graph: what onnx.checker does not know about MatMulNBits, and what onnxruntime says too late.
+"""Our own look at a written graph: what onnx.checker does not know of MatMulNBits, and onnxruntime says too late.
 
-Each rule stands for a defect that onnxruntime met silently, slowly or only at the first run. It checks form, not weights.
+Each rule stands for a defect that onnxruntime meets silently, slowly or only at the first run. Weights are not judged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The `contrib` flavour: norms and attention as onnxruntime's own operators (opset 21, com.microsoft 1).
 
-GroupQueryAttention rotates q and k itself and can grow the KV cache in place; the Skip norm carries the residual. A
-flavour of standard operators (opset 23: Attention, RotaryEmbedding, RMSNormalization) would offer the same three methods.
+GroupQueryAttention rotates q and k itself and can grow the KV cache in place; the Skip norm carries the residual.
+A flavour of standard operators (opset 23: Attention, RotaryEmbedding, RMSNormalization) would offer the same methods.
 Refuses head sizes that the CPU kernel refuses (`refusal_of`).
 Source: schemas of com.microsoft 1; wiring as in onnxruntime-genai's model builder.
 """
@@ -31,8 +31,9 @@ def refusal_of(architecture: Architecture) -> Refusal | None:
     if architecture.head_dim % 16 == 0:
         return None
     return Refusal(
-        f"heads of {architecture.head_dim} are not possible in GroupQueryAttention; its rotary kernel takes multiples of 16",
-        "choose a model with such heads, or export to gguf or gptq",
+        f"heads of {architecture.head_dim} are not possible in GroupQueryAttention, whose rotary kernel takes "
+        "multiples of 16",
+        "choose another model, or export to gguf or gptq",
         "onnx",
     )
 

@@ -50,7 +50,7 @@ class _Decoder:
         assert delta is not None
         hidden, _ = self.flavour.add_and_norm("final_norm", residual, delta, self._vector(FINAL_NORM), last=True)
         logits = self.tables.product("head", hidden, outer[EMBEDDING if self.architecture.tied else HEAD])
-        shape = ["batch_size", "sequence_length", self.architecture.vocabulary]
+        shape: list[int | str] = ["batch_size", "sequence_length", self.architecture.vocabulary]
         self.builder.output(logits, "logits", ir.DataType.FLOAT, shape)
         for index, present in enumerate(presents):
             name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
@@ -69,7 +69,8 @@ class _Decoder:
             normed, residual = self.flavour.add_and_norm(f"{prefix}input_norm", residual, delta, weight, last=False)
         attended = self._attention(block.index, prefix, normed, mask, presents)
         weight = self._vector(f"{prefix}post_attention_layernorm.weight")
-        normed, residual = self.flavour.add_and_norm(f"{prefix}feed_forward_norm", residual, attended, weight, last=False)
+        name = f"{prefix}feed_forward_norm"
+        normed, residual = self.flavour.add_and_norm(name, residual, attended, weight, last=False)
         return residual, self._feed_forward(prefix, normed)
 
     def _attention(

@@ -30,7 +30,7 @@ from exporters.onnx.reader import DATA, GRAPH, decode_all, load_graph, read_quan
 from exporters.onnx.rope import positions_of
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import TOKENIZER_FILES
-from signround.errors import FailedError, Refusal, RefusedError
+from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced
 from signround.exporting import ExportedModel
 from signround.files import folder_written_whole
@@ -49,7 +49,7 @@ CARRIED = ("config.json", *TOKENIZER_FILES)
 
 @dataclass(frozen=True)
 class OnnxExporter:
-    """`accuracy_level` is the precision of activations inside MatMulNBits: 4 computes with int8 (fast), 0 with float32."""
+    """`accuracy_level` is the precision of activations in MatMulNBits: 4 computes with int8 (fast), 0 with float32."""
 
     accuracy_level: int = 4
 
@@ -92,17 +92,20 @@ class OnnxExporter:
     def _grid_notes(self, plan: ModelPlan, grid: Grid) -> Iterator[str]:
         blocks = {block_of(grid, layer.columns) for layer in plan.layers() if layer.grid == grid}
         if grid.bits == 3:
-            yield "onnx: 3-bit codes are stored in 4-bit fields (onnxruntime runs 2, 4 and 8 bits): the size is that of 4 bits."
+            yield "onnx: 3-bit codes are stored in 4-bit fields (onnxruntime runs 2, 4 and 8 bits) and take their size."
         if grid.group is None or {grid.group} != blocks:
             group = "whole rows" if grid.group is None else f"groups of {grid.group}"
             sizes = " and ".join(map(str, sorted(blocks)))
             yield f"onnx: {group} are stored as blocks of {sizes} that repeat their scale; the weights are the same."
         if grid.bits == 2 and not blocks <= set(FAST_2_BIT_BLOCKS):
-            yield "onnx: 2 bits in blocks of 16 have no fast kernel in onnxruntime (some 100 times slower); prefer w2g32 or w2g64."
+            yield (
+                "onnx: 2 bits in blocks of 16 have no fast kernel in onnxruntime (some 100 times slower); "
+                "prefer w2g32 or w2g64."
+            )
         if grid.bits in (2, 8) and self.accuracy_level != 4:
             yield (
-                f"onnx: at accuracy_level {self.accuracy_level} onnxruntime decodes {grid.bits}-bit weights again on every "
-                "call (some 100 times slower); 4 is the level to ship."
+                f"onnx: at accuracy_level {self.accuracy_level} onnxruntime decodes {grid.bits}-bit weights again on "
+                "every call (some 100 times slower); 4 is the level to ship."
             )
 
     def estimated_bytes(self, plan: ModelPlan) -> int:
@@ -160,7 +163,9 @@ class OnnxExporter:
 
     def opened(self, target: Path) -> ExportedModel:
         """See `Exporter.opened`."""
-        load_graph(target)
+        problems = problems_of(load_graph(target), target)
+        if problems:
+            raise refuse(f"the graph is not sound ({problems[0]})", "export the artifact again", str(target))
         files = tuple(sorted(path for path in target.iterdir() if path.is_file()))
         return ExportedModel(self.name, target, files)
 

@@ -1,4 +1,4 @@
-"""Linear layers of the decoder: quantised ones as MatMulNBits, the head as a float product with its [rows, columns] table.
+"""Linear layers of the decoder: quantised ones as MatMulNBits, the head as a float product with its table.
 
 Several weights over the same input become one node, row below row, when their layouts agree; the node's metadata names
 them, their rows and their grid, so that the file can be read back without the artifact.
@@ -113,9 +113,9 @@ class LinearWriter:
 class TableWriter:
     """Adds the unquantised tables: embedding and head, each stored once in the checkpoint's own dtype.
 
-    16-bit tables are exact and half the size; a Cast follows. onnxruntime folds the head's Cast while it loads, and casts
-    only the gathered rows of the embedding. Measured (50000 x 1024, onnxruntime 1.31): a FusedMatMul with transB on the
-    shared table loads with one prepacked copy; Transpose + MatMul peaks at two.
+    16-bit tables are exact and half the size; a Cast follows. onnxruntime folds the head's Cast while it loads, and
+    casts only the gathered rows of the embedding. Measured (50000 x 1024, onnxruntime 1.31): a FusedMatMul with transB
+    on the shared table loads with one prepacked copy; Transpose + MatMul peaks at two.
     """
 
     def __init__(self, builder: GraphBuilder, source: TensorSource) -> None:

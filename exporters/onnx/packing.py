@@ -9,8 +9,8 @@ B is uint8 [rows, blocks, block * bits / 8], least significant bits first along 
 scales are float32 [rows, blocks]; zero_points are packed like B, uint8 [rows, ceil(blocks * bits / 8)], each row padded
 to a byte, and are left out for `centre` grids: the operator's default is then 2^(bits-1).
 Source: schema of com.microsoft::MatMulNBits 1 in onnxruntime, and its CPU kernel, which takes 2, 4 and 8 bits only and
-blocks of 16, 32, 64, 128 or 256 inputs. 3-bit codes therefore travel in 4-bit fields: `centre` codes are shifted by 4 so
-that their zero meets the default 8, `point` codes and zero points stay as they are.
+blocks of 16, 32, 64, 128 or 256 inputs. 3-bit codes therefore travel in 4-bit fields: `centre` codes are shifted by 4
+so that their zero meets the default 8, `point` codes and zero points stay as they are.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def refusal_of(grid: Grid) -> Refusal | None:
         )
     if grid.group is not None and grid.group not in BLOCKS:
         return Refusal(
-            f"groups of {grid.group} are not possible in MatMulNBits; allowed are {', '.join(map(str, BLOCKS))} and whole rows",
+            f"groups of {grid.group} are not possible in MatMulNBits; allowed are "
+            f"{', '.join(map(str, BLOCKS))} and whole rows",
             "choose one of them",
             "onnx",
         )
@@ -147,7 +148,7 @@ def unpack(packed: Packed, grid: Grid, columns: int) -> QuantizedTensor:
     try:
         return QuantizedTensor(grid, torch.from_numpy(np.ascontiguousarray(codes)), fields)
     except ValueError as error:
-        raise FailedError(f"the file does not hold a weight of its grid ({error}); export the artifact again.") from error
+        raise FailedError(f"the file holds no weight of its grid ({error}); export the artifact again.") from error
 
 
 def stack(parts: Sequence[Packed]) -> Packed:

@@ -1,4 +1,4 @@
-"""The cosine and sine tables of rotary positions, in the very float32 arithmetic of transformers' `modeling_rope_utils`.
+"""The cosine and sine tables of rotary positions, in the float32 arithmetic of transformers' `modeling_rope_utils`.
 
 Positions stop at the model's context, or where both tables together would pass TABLE_BYTES; the caller says so.
 """

@@ -78,7 +78,7 @@ class GenaiRuntime:
             generator = onnxruntime_genai.Generator(self._model, parameters)
             generator.append_tokens(prompt.numpy().astype(np.int32))
         except RuntimeError as error:
-            raise FailedError(f"{self._folder}: onnxruntime-genai cannot run the model ({_first_line(error)}).") from error
+            raise FailedError(f"{self._folder}: onnxruntime-genai cannot run it ({_first_line(error)}).") from error
         return generator
 
     def close(self) -> None:

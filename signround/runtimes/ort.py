@@ -34,7 +34,9 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise refuse("the package onnxruntime is not installed", "run `pip install 'signround[onnx]'`", "onnx") from error
+        raise refuse(
+            "the package onnxruntime is not installed", "run `pip install 'signround[onnx]'`", "onnx"
+        ) from error
     from google.protobuf.message import DecodeError
 
     path = folder / GRAPH
@@ -97,8 +99,9 @@ class OnnxRuntime:
     def logits(self, windows: Tensor) -> Iterator[Tensor]:
         """See `Runtime.logits`; a batch holds at most LOGIT_BYTES of logits, and at least one window."""
         _, tokens = windows.shape
-        for batch in windows.split(max(1, LOGIT_BYTES // (tokens * self.vocabulary * 4))):
-            yield self._forward(batch)
+        size = max(1, LOGIT_BYTES // (tokens * self.vocabulary * 4))
+        for start in range(0, len(windows), size):
+            yield self._forward(windows[start : start + size])
 
     def _forward(self, batch: Tensor) -> Tensor:
         import numpy as np

@@ -19,6 +19,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -174,14 +175,13 @@ class ArtifactWriter:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(folder)
-        try:
+        with ExitStack() as failure:  # or a second try in this process would find the folder in use
+            failure.callback(self._lock.close)
             self.manifest = self._begun()  # read under the lock: another run may just have finished
             for path in model_files:
                 self._copy(path, f"model/{path.name}")
             self._save_manifest()
-        except BaseException:
-            self._lock.close()  # or a second try in this process would find the folder in use
-            raise
+            failure.pop_all()
 
     def close(self) -> None:
         self._lock.close()

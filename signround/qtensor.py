@@ -38,7 +38,7 @@ class QuantizedTensor:
         self._check_bounds("codes", self.codes)
 
     def _check_bounds(self, name: str, integers: Tensor) -> None:
-        """A uint8 can hold more than the bits of a code, a zero point or a small scale; the rest would spill in a file."""
+        """A uint8 holds more than the bits of a code, a zero point or a small scale; the rest would spill in a file."""
         if not integers.numel():
             return
         least, most = self.grid.bounds(name)

@@ -60,7 +60,7 @@ def cases(draw: st.DrawFn, grids: dict[str, Grid] = GRIDS) -> tuple[Grid, torch.
     return grid, SHAPES[draw(st.sampled_from(sorted(SHAPES)))](noise) * draw(st.sampled_from(MAGNITUDES))
 
 
-@settings(max_examples=1500)
+@settings(max_examples=600)
 @given(cases())
 def test_codes_stay_in_bounds_and_decode_to_finite_values(case: tuple[Grid, torch.Tensor]) -> None:
     grid, weight = case
@@ -71,7 +71,7 @@ def test_codes_stay_in_bounds_and_decode_to_finite_values(case: tuple[Grid, torc
         assert torch.equal(fields[name].to(dtype).float(), fields[name]), f"{name} is not what the file holds"
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(cases())
 def test_rounding_is_idempotent(case: tuple[Grid, torch.Tensor]) -> None:
     grid, weight = case
@@ -80,7 +80,7 @@ def test_rounding_is_idempotent(case: tuple[Grid, torch.Tensor]) -> None:
     assert torch.equal(first.codes, again.codes)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(cases(), st.integers(0, 10**6))
 def test_offsets_of_up_to_one_step_keep_the_bounds(case: tuple[Grid, torch.Tensor], seed: int) -> None:
     grid, weight = case

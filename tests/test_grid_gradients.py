@@ -126,7 +126,7 @@ def test_gradients_are_those_of_the_straight_through_estimator(name: str) -> Non
             assert difference == pytest.approx(expected, abs=2e-4 * size + 1e-9), ("alpha", "beta", "offset")[index]
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(cases())
 def test_gradients_are_finite_for_every_weight(case: tuple[Grid, torch.Tensor]) -> None:
     grid, weight = case

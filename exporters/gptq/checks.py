@@ -17,7 +17,7 @@ from .packing import BITS, BLOCK
 
 SUBJECT = "gptq"
 VLLM_GROUPS = (None, 32, 64, 128)
-ONNX_LARGEST_BLOCK = 256
+ONNX_BLOCKS = (16, 32, 64, 128, 256)
 
 
 def holds(grid: Grid) -> bool:
@@ -92,6 +92,8 @@ def notes(plan: ModelPlan, checkpoint_format: str) -> list[str]:
             "gptq: checkpoint_format gptq_v2 is read as v1, with wrong results and no error, by auto-round, by the "
             "onnxruntime-genai builder and by Intel Neural Compressor"
         )
+    if any(kept.dtype == "float32" and kept.name.endswith(".bias") for kept in plan.kept()):
+        found.append("gptq: gptqmodel keeps biases in float16, these are float32: logits move by about 1e-4")
     if not any((plan.files / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         found.append("gptq: the model has no tokenizer; gptqmodel and the onnxruntime-genai builder will not load it")
     return found
@@ -112,8 +114,10 @@ def _group_notes(grid: Grid, layers: Sequence[LayerPlan]) -> list[str]:
     found = []
     if grid.group not in VLLM_GROUPS:
         found.append(f"gptq: vLLM and the Marlin kernels take groups of 32, 64, 128 or a row, not of {grid.group}")
-    if grid.group is None and max(layer.columns for layer in layers) > ONNX_LARGEST_BLOCK:
-        found.append(f"gptq: one group a row: onnxruntime refuses blocks over {ONNX_LARGEST_BLOCK}, the others load it")
+    if any(grid.group_of(layer.columns) not in ONNX_BLOCKS for layer in layers):
+        found.append(
+            "gptq: one group a row: onnxruntime takes blocks of 16, 32, 64, 128 or 256 only, the others load it"
+        )
     if any(layer.columns % 128 or layer.rows % 64 for layer in layers):
         found.append("gptq: vLLM's Marlin kernels need inputs in multiples of 128 and outputs in multiples of 64")
     return found

@@ -8,6 +8,7 @@ v2; it gives ONNX-ordered integers, zero points and scales. Both run in a child 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -15,31 +16,33 @@ from torch import Tensor
 
 from signround.errors import FailedError
 from signround.exporting import ExportedModel
+from signround.runtimes.gptq import BUILDER_BITS, BUILDER_LOADERS, LOADERS, start_builder_child, start_gptq_child
 from signround.runtimes.gptq_child import Child
 
 from .config import V1, GptqFormat
 from .packing import PARTS
 
 WEIGHT = ".weight"
-BUILDER_BITS = (2, 4, 8)
 
 
 def decoded_by_other_reader(exported: ExportedModel, gptq: GptqFormat) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, float32). Raises FailedError that names the extra to install when no reader is there."""
-    if find_spec("gptqmodel") is not None:
+    if all(find_spec(name) for name in LOADERS):
         return decoded_by_gptqmodel(exported, gptq)
-    if find_spec("onnxruntime_genai") is not None and gptq.bits in BUILDER_BITS and gptq.checkpoint_format == V1:
-        return decoded_by_builder(exported, gptq)
+    if all(find_spec(name) for name in BUILDER_LOADERS) and gptq.bits in BUILDER_BITS and gptq.checkpoint_format == V1:
+        return decoded_by_builder(exported)
     raise FailedError(
         f"gptq: no independent reader of {gptq.bits}-bit {gptq.checkpoint_format} files is installed; "
         "install one with `pip install signround[gptq]`."
     )
 
 
-def decoded_by_gptqmodel(exported: ExportedModel, gptq: GptqFormat) -> Iterator[tuple[str, Tensor]]:
-    """One linear at a time through `TorchLinear.dequantize_weight`, float32 scales."""
-    folder = str(exported.target)
-    with Child("signround.runtimes.gptq_worker", "gptqmodel") as child:
+def decoded_by_gptqmodel(
+    exported: ExportedModel, gptq: GptqFormat, running: Child | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """One linear at a time through `TorchLinear.dequantize_weight`, in a `running` worker or a new one."""
+    folder = str(exported.target.resolve())
+    with nullcontext(running) if running else start_gptq_child() as child:
         files = child.ask({"do": "tensors", "folder": folder})[0]["tensors"]
         suffix = f".{PARTS[0]}"
         modules = [name.removesuffix(suffix) for name in files if name.endswith(suffix)]
@@ -48,15 +51,15 @@ def decoded_by_gptqmodel(exported: ExportedModel, gptq: GptqFormat) -> Iterator[
             _, (weight,) = child.ask({"do": "decode", **where, "format": gptq.to_json()})
             yield module + WEIGHT, torch.from_numpy(weight)
         packed = {f"{module}.{part}" for module in modules for part in PARTS}
-        for name in files.keys() - packed:
+        for name in [name for name in files if name not in packed]:
             _, (tensor,) = child.ask({"do": "tensor", "folder": folder, "file": files[name], "name": name})
             yield name, torch.from_numpy(tensor)
 
 
-def decoded_by_builder(exported: ExportedModel, gptq: GptqFormat) -> Iterator[tuple[str, Tensor]]:
+def decoded_by_builder(exported: ExportedModel, running: Child | None = None) -> Iterator[tuple[str, Tensor]]:
     """The whole folder through the builder's loader; its integers are multiplied here: scale * (code - zero point)."""
-    with Child("signround.runtimes.gptq_builder_worker", "the onnxruntime-genai builder") as child:
-        names = child.ask({"do": "open", "folder": str(exported.target)})[0]
+    with nullcontext(running) if running else start_builder_child() as child:
+        names = child.ask({"do": "open", "folder": str(exported.target.resolve())})[0]
         for name in names["linears"]:
             _, (codes, scales, zeros) = child.ask({"do": "linear", "name": name})
             step = torch.from_numpy(scales).float().unsqueeze(-1)

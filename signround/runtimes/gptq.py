@@ -29,6 +29,7 @@ BUILDER = "signround.runtimes.gptq_builder_worker"
 LOADERS = ("gptqmodel", "optimum")
 BUILDER_LOADERS = ("onnxruntime_genai", "onnx_ir", "onnxruntime")
 BUILDER_BITS = (2, 4, 8)
+ONNX_BLOCKS = {16, 32, 64, 128, 256}
 BATCH_TOKENS = 2048
 
 
@@ -69,9 +70,11 @@ def open_gptq(folder: Path, *, exact_products: bool = False, child: Child | None
     """Load a GPTQ folder as its users do.
 
     The kernel multiplies fp16 scales with codes in fp16, so every weight is rounded to 11 bits: about 6e-4 of the
-    logits' norm. `exact_products` widens the scales to float32 after loading and changes nothing else; then the logits
-    are those of the decoded weights to the last bit or two. Raises RefusedError without the extra, FailedError when
-    loading fails or a tensor is missing, unexpected or of another shape.
+    logits' norm; it also keeps biases in fp16. `exact_products` widens the scales to float32 after loading and changes
+    nothing else; then the logits are those of the decoded weights but for the order of sums.
+
+    Raises RefusedError without the extra, FailedError when loading fails or a tensor is missing, unexpected or of
+    another shape.
     """
     worker = child or start_gptq_child()
     with ExitStack() as on_failure:
@@ -121,24 +124,34 @@ def start_builder_child() -> Child:
 def open_gptq_through_builder(folder: Path, workdir: Path, *, child: Child | None = None) -> BuilderRuntime:
     """Convert a GPTQ folder with the onnxruntime-genai builder into `workdir` and run it in onnxruntime.
 
-    Raises RefusedError for 3 bits (the builder has none) and for gptq_v2 (it reads that as v1, with wrong logits and
-    no error).
+    Raises RefusedError for 3 bits (the builder has none), for gptq_v2 (it reads that as v1, with wrong logits and no
+    error) and for blocks that onnxruntime does not know.
     """
     config = json.loads((folder / "config.json").read_text())
-    gptq = config["quantization_config"]
-    if gptq["bits"] not in BUILDER_BITS or gptq.get("checkpoint_format", "gptq") != "gptq":
-        found = f"{gptq['bits']}-bit {gptq.get('checkpoint_format', 'gptq')}"
-        raise refuse(
-            f"the onnxruntime-genai builder reads 2, 4 and 8 bits in GPTQ v1, the folder holds {found}",
-            "verify it through transformers + optimum + gptqmodel (`pip install signround[gptq]`)",
-            str(folder),
-        )
+    _refuse_for_builder(config, folder)
     out = workdir / "onnx"
     paths = {"folder": folder, "out": out, "cache": workdir / "cache"}
     with ExitStack() as at_end:
         worker = child or at_end.enter_context(start_builder_child())
         worker.ask({"do": "convert", **{key: str(path.resolve()) for key, path in paths.items()}})
     return BuilderRuntime(out / "model.onnx", config["vocab_size"])
+
+
+def _refuse_for_builder(config: Mapping[str, Any], folder: Path) -> None:
+    gptq = config["quantization_config"]
+    version_read = gptq.get("checkpoint_format", "gptq")
+    heads = config["num_attention_heads"]
+    width = heads * (config.get("head_dim") or config["hidden_size"] // heads)
+    rows = {config["hidden_size"], width, config["intermediate_size"]}
+    blocks = rows if gptq["group_size"] == -1 else {gptq["group_size"]}
+    if gptq["bits"] in BUILDER_BITS and version_read == "gptq" and blocks <= ONNX_BLOCKS:
+        return
+    raise refuse(
+        "the onnxruntime-genai builder reads 2, 4 and 8 bits in GPTQ v1 in blocks of 16, 32, 64, 128 or 256, "
+        f"the folder holds {gptq['bits']}-bit {version_read} in blocks of {', '.join(map(str, sorted(blocks)))}",
+        "verify it through transformers + optimum + gptqmodel (`pip install 'signround[gptq]'`)",
+        str(folder),
+    )
 
 
 def _batches(windows: Tensor) -> Sequence[Tensor]:

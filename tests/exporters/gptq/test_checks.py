@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from exporters.gptq.exporter import GptqExporter
 from signround.checkpoint import SourceCheckpoint
@@ -127,5 +128,11 @@ def test_a_long_row_as_one_group_and_a_missing_tokenizer_are_noted(tmp_path: Pat
     folder = write_small_model(tmp_path, intermediate_size=512)
     (folder / "tokenizer.json").unlink()
     text = "\n".join(GptqExporter().notes(plan_for(folder, "w4gc")))
-    assert "onnxruntime refuses blocks over 256" in text
+    assert "onnxruntime takes blocks of 16, 32, 64, 128 or 256 only" in text
     assert "no tokenizer" in text
+
+
+def test_float32_biases_are_noted(tmp_path: Path) -> None:
+    for dtype, noted in [(torch.float32, True), (torch.bfloat16, False)]:
+        folder = write_small_model(tmp_path / str(dtype), "qwen2", dtype=dtype)
+        assert ("keeps biases in float16" in "\n".join(GptqExporter().notes(plan_for(folder, "w4g32")))) is noted

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from signround.formats import grid_for, scheme_names
-from signround.grid import Grid, SuperBlock, grouped, half_through, round_through, safe_reciprocal, ungrouped
+from signround.grid import (
+    Grid,
+    SuperBlock,
+    grouped,
+    half_through,
+    round_through,
+    safe_reciprocal,
+    straight_through,
+    ungrouped,
+)
 from signround.qtensor import QuantizedTensor
 from tests.small_artifacts import rounded_tensor
 
@@ -191,6 +200,11 @@ def test_straight_through_rounding_is_exact_in_the_forward_pass(value: float) ->
     rounded.backward()
     assert x.grad is not None
     assert x.grad.item() == 1.0
+
+
+def test_straight_through_gives_the_stored_value_however_far_it_is() -> None:
+    value, stored = torch.tensor([1e30, -3.0, 0.1]), torch.tensor([65504.0, 1e-20, -7e8])
+    assert torch.equal(straight_through(value, stored), stored)
 
 
 def test_the_reciprocal_of_zero_is_zero_and_has_a_finite_gradient() -> None:

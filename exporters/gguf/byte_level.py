@@ -13,7 +13,7 @@ from exporters.gguf.vocabulary import CarriedTokenizer, Vocabulary, component_ty
 def carry_byte_level(folder: Path, data: Json, config: Json, vocabulary: int, pre: str) -> CarriedTokenizer:
     """`data` is tokenizer.json. Raises RefusedError when no splitting rule fits and `pre` names none."""
     model, added = data["model"], data["added_tokens"]
-    tokens, types, notes = token_table(model["vocab"], added, vocabulary, unknown=None)
+    tokens, types, notes = token_table(model["vocab"], added, vocabulary)
     tokenizer = loaded(folder)
     if pre == AUTO:
         name = find_rule(tokenizer, ignore_merges=bool(model.get("ignore_merges")))

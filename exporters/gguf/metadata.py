@@ -1,7 +1,7 @@
 """The key-values of a GGUF file beside its tokenizer: what llama.cpp needs to build the model, and where it came from.
 
-Names and types as in gguf-py `constants.py`; the set is what llama.cpp's own converter writes for these families. Nothing
-here depends on time, host or version, so equal artifacts give equal bytes.
+Names and types as in gguf-py `constants.py`; the set is what llama.cpp's own converter writes for these families.
+Nothing here depends on time, host or version, so equal artifacts give equal bytes.
 """
 
 from __future__ import annotations

@@ -36,12 +36,14 @@ def _half(raw: Bytes, start: int) -> Halves:
 
 
 def low_nibbles(codes: Bytes) -> Bytes:
-    return np.bitwise_and(codes, FIFTEEN)
+    low: Bytes = np.bitwise_and(codes, FIFTEEN)
+    return low
 
 
 def pack_nibbles(codes: Bytes) -> Bytes:
     """[n, 32] codes of 4 bits -> [n, 16]: byte j = c[j] | c[j + 16] << 4 (halves, not neighbours)."""
-    return np.bitwise_or(codes[:, :16], np.left_shift(codes[:, 16:], FOUR))
+    joined: Bytes = np.bitwise_or(codes[:, :16], np.left_shift(codes[:, 16:], FOUR))
+    return joined
 
 
 def unpack_nibbles(raw: Bytes) -> Bytes:
@@ -98,7 +100,8 @@ def unpack_q5_1(raw: Bytes) -> Parts:
 
 def pack_q8_0(codes: Bytes, fields: tuple[Halves, ...]) -> Bytes:
     """[d f16][int8 x 32] = 34 bytes; w = d * (c - 128), so code 0 is the byte -128 (legal: ggml multiplies in int)."""
-    return np.concatenate([_halves(fields[0]), np.bitwise_xor(codes, TOP_BIT)], axis=1)  # c - 128 as int8 flips the top bit
+    signed = np.bitwise_xor(codes, TOP_BIT)  # c - 128 as int8 is c with the top bit flipped
+    return np.concatenate([_halves(fields[0]), signed], axis=1)
 
 
 def unpack_q8_0(raw: Bytes) -> Parts:

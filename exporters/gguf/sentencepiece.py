@@ -35,7 +35,7 @@ def carry_sentencepiece(folder: Path, data: Json, config: Json, vocabulary: int)
             "tokenizer.json",
         )
     unknown = model.get("unk_token")
-    tokens, types, notes = token_table(vocab, added, vocabulary, unknown)
+    tokens, types, notes = token_table(vocab, added, vocabulary, sentencepiece=unknown or "")
     scores = _score_table(tokens, types, _ranked(folder, model), added)
     tokenizer = loaded(folder)
     prefix, prefix_notes = _space_prefix(tokenizer)
@@ -60,7 +60,7 @@ def carry_sentencepiece_model(folder: Path, settings: Json, config: Json, vocabu
     decoder: Json = settings.get("added_tokens_decoder") or {}
     added = [{"id": int(index), "special": False, **entry} for index, entry in decoder.items()]
     unknown = next((piece.text for piece in model.pieces if piece.type == UNKNOWN), None)
-    tokens, types, notes = token_table(vocab, added, vocabulary, unknown)
+    tokens, types, notes = token_table(vocab, added, vocabulary, sentencepiece=unknown or "")
     for index, piece in enumerate(model.pieces[:vocabulary]):
         if types[index] == NORMAL:
             types[index] = piece.type

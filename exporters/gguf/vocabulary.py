@@ -87,9 +87,12 @@ def component_types(component: Mapping[str, Any] | None) -> set[str]:
 
 
 def token_table(
-    vocab: Mapping[str, int], added: Sequence[Mapping[str, Any]], vocabulary: int, unknown: str | None
+    vocab: Mapping[str, int], added: Sequence[Mapping[str, Any]], vocabulary: int, *, sentencepiece: str | None = None
 ) -> tuple[list[str], list[int], list[str]]:
     """Tokens and types by id, `[PADi]` where an embedding row has no token; and notes on dropped tokens.
+
+    `sentencepiece` is the unknown token ("" for none) of a SentencePiece vocabulary, whose `<0x0A>` tokens are bytes
+    even where they are listed as added tokens: only so does llama.cpp print them.
 
     Raises RefusedError when a regular token has no embedding row, or when two ids share a text.
     """
@@ -106,14 +109,16 @@ def token_table(
     for text, index in vocab.items():
         if index < vocabulary:
             tokens[index] = text
-            types[index] = UNKNOWN if text == unknown else BYTE if _BYTE_TOKEN.fullmatch(text) else NORMAL
+            byte = sentencepiece is not None and _BYTE_TOKEN.fullmatch(text)
+            types[index] = BYTE if byte else UNKNOWN if text == sentencepiece else NORMAL
     dropped = []
     for entry in added:
         index, text = entry["id"], entry["content"]
         if index >= vocabulary:
             dropped.append(text)
         elif entry["special"] or _LOOKS_SPECIAL.fullmatch(text):
-            tokens[index], types[index] = text, UNKNOWN if text == unknown else CONTROL
+            tokens[index] = text
+            types[index] = types[index] if types[index] in (BYTE, UNKNOWN) else CONTROL
         else:
             tokens[index], types[index] = text.replace(SPACE, " "), USER_DEFINED
     _refuse_doubles(tokens)

@@ -2,9 +2,9 @@
 
 Two bindings run the same code: llama-cpp-python gives the logits of whole windows; xllamacpp, a prebuilt wheel, gives
 log-probabilities through its embedded server, one request a position. Both run with a float32 KV cache and without
-flash attention, so what differs from the tuned model is llama.cpp's 8-bit activations and nothing else. The child process
-keeps native logs off the terminal and turns a native crash into a FailedError. Native tools on PATH are not used:
-`llama-perplexity` stores log-probabilities in 16 bits, and for the second half of each window only.
+flash attention, so what differs from the tuned model is llama.cpp's 8-bit activations and nothing else. The child
+process keeps native logs off the terminal and turns a native crash into a FailedError. Native tools on PATH are not
+used: `llama-perplexity` keeps log-probabilities in 16 bits, for the second half of each window only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One position at a time through xllamacpp's embedded llama-server, on localhost with a random key.
 
 llama-server gives log-probabilities of the next token only, so a window of n tokens is n requests; the prompt cache
-makes each a single decoding step. Run as a module, it is the child that hosts the server until its input is closed.
+makes each a single decoding step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import http.client
 import json
 import secrets
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from signround.runtimes.llama_cpp_child import Child, answer, private_output
+from signround.runtimes.llama_cpp_child import Child
 
+CHILD = "signround.runtimes.llama_cpp_server_child"
 CONTEXT_STEP = 256
 FORCING_BIAS = 1000.0
 
@@ -31,7 +31,7 @@ class ServerRuntime:
     def __init__(self, path: Path, threads: int, repack: bool) -> None:
         self._settings = {"path": str(path), "threads": threads, "repack": repack, "key": secrets.token_urlsafe(24)}
         self._path = path
-        self._start(2 * CONTEXT_STEP)
+        self._start(CONTEXT_STEP)
         self.vocabulary: int = self._get("/v1/models")["data"][0]["meta"]["n_vocab"]
         # The server samples a token whatever it is asked, and one that is part of a character has no probabilities in
         # its answer; so a plain letter is forced. The probabilities asked for are those before that bias.
@@ -46,7 +46,7 @@ class ServerRuntime:
 
     def _start(self, context: int) -> None:
         self._context = context
-        self._child = Child(__name__, {**self._settings, "context": context}, self._path)
+        self._child = Child(CHILD, {**self._settings, "context": context}, self._path)
         ready = self._child.line()
         self._version: str = ready["version"]
         address = urlsplit(ready["address"])
@@ -111,31 +111,3 @@ class ServerRuntime:
             raise self._child.failure(raw.decode(errors="replace")[:200])
         data: dict[str, Any] = json.loads(raw)
         return data
-
-
-def _serve(path: str, threads: int, repack: bool, key: str, context: int) -> None:
-    answers = private_output()
-    import importlib.metadata
-
-    import xllamacpp
-
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = path
-    parameters.n_ctx = context
-    parameters.n_gpu_layers = 0
-    parameters.n_parallel = 1
-    parameters.warmup = False
-    parameters.no_extra_bufts = not repack
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    parameters.cache_ram_mib = 0  # no copies of old prompts
-    parameters.fit_params = False  # the context asked for, whatever memory seems free
-    parameters.api_keys = [key]
-    server = xllamacpp.Server(parameters)
-    answer(answers, {"address": server.listening_address, "version": importlib.metadata.version("xllamacpp")})
-    sys.stdin.buffer.read()
-
-
-if __name__ == "__main__":
-    _serve(**json.loads(sys.argv[1]))

@@ -1,0 +1,54 @@
+"""Names against gguf-py's map; the permutation against llama.cpp's formula."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+from exporters.gguf.names import ARCHITECTURES, checkpoint_name, gguf_name, halved, interleaved, rotated_heads
+from signround.architecture import read_architecture
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 32}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_names_are_those_of_gguf_py_and_come_back(model_type: str) -> None:
+    flags = {"attention_bias": True, "mlp_bias": model_type == "llama"}
+    architecture = read_architecture({"model_type": model_type, **SIZES, **flags})
+    arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[model_type])
+    assert isinstance(arch, MODEL_ARCH)
+    theirs = get_tensor_name_map(arch, 3)
+    names = list(architecture.outer())
+    for index in range(3):
+        names += [*architecture.block_linears(index), *architecture.block_kept(index)]
+    for name in names:
+        assert gguf_name(name) == theirs.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert checkpoint_name(gguf_name(name)) == name
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.mlp.x.weight", "x"])
+def test_unknown_names_are_errors(name: str) -> None:
+    with pytest.raises(KeyError):
+        gguf_name(name)
+    with pytest.raises(KeyError):
+        checkpoint_name(name)
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 5)])
+def test_rows_interleave_within_heads_and_come_back(shape: tuple[int, ...]) -> None:
+    rows = np.arange(np.prod(shape)).reshape(shape)
+    moved = interleaved(rows, heads=3)
+    for head in range(3):
+        for half in range(2):
+            for index in range(4):
+                np.testing.assert_array_equal(moved[head * 8 + 2 * index + half], rows[head * 8 + half * 4 + index])
+    np.testing.assert_array_equal(halved(moved, heads=3), rows)
+
+
+def test_only_q_and_k_of_llama_move() -> None:
+    assert rotated_heads("blk.3.attn_q.weight", "llama", 8, 2) == 8
+    assert rotated_heads("blk.3.attn_k.bias", "llama", 8, 2) == 2
+    for name in ("blk.3.attn_v.weight", "blk.3.attn_q_norm.weight", "blk.3.attn_output.weight", "token_embd.weight"):
+        assert rotated_heads(name, "llama", 8, 2) is None
+    assert rotated_heads("blk.3.attn_q.weight", "qwen2", 8, 2) is None

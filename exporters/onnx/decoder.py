@@ -12,7 +12,7 @@ import numpy as np
 
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.contrib import ContribFlavour
-from exporters.onnx.linear import LinearWriter, TableWriter, can_fuse
+from exporters.onnx.linear import Accuracy, LinearWriter, TableWriter, can_fuse
 from exporters.onnx.tensors import TensorSource
 from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD
 from signround.plan import BlockPlan, ModelPlan
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def build_decoder(plan: ModelPlan, source: TensorSource, accuracy_level: int) -> GraphBuilder:
+def build_decoder(plan: ModelPlan, source: TensorSource, accuracy: Accuracy) -> GraphBuilder:
     """The whole graph, its tensors lazy."""
-    return _Decoder(plan, source, accuracy_level).build()
+    return _Decoder(plan, source, accuracy).build()
 
 
 class _Decoder:
-    def __init__(self, plan: ModelPlan, source: TensorSource, accuracy_level: int) -> None:
+    def __init__(self, plan: ModelPlan, source: TensorSource, accuracy: Accuracy) -> None:
         self.plan = plan
         self.source = source
         self.architecture = plan.architecture
         self.builder = GraphBuilder()
         self.flavour = ContribFlavour(self.builder, self.architecture)
-        self.linears = LinearWriter(self.builder, source, accuracy_level)
+        self.linears = LinearWriter(self.builder, source, accuracy)
         self.tables = TableWriter(self.builder, source)
         self.layers = {layer.name: layer for layer in plan.layers()}
 

@@ -29,6 +29,21 @@ GRID_KEY = "signround.grid"  # node metadata: the grid as JSON
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """accuracy_level of the nodes: `level` of all, 0 for down projections when these are to be `exact_down`.
+
+    Their inputs hold the outliers of a gated feed-forward: with int8 activations (level 4) they alone make about half
+    of the difference to float32 (measured on trained models of 4 and 26 million weights).
+    """
+
+    level: int
+    exact_down: bool
+
+    def of(self, layers: Sequence[LayerPlan]) -> int:
+        return 0 if self.exact_down and layers[0].name.endswith("mlp.down_proj.weight") else self.level
+
+
+@dataclass(frozen=True)
 class FusedLinear:
     """One MatMulNBits node over one or several layers of the plan; all of one grid and one input."""
 
@@ -56,10 +71,10 @@ def can_fuse(layers: Sequence[LayerPlan], biases: Sequence[bool]) -> bool:
 class LinearWriter:
     """Adds MatMulNBits nodes; keeps the arrays of the latest one, because B and scales are asked for in turn."""
 
-    def __init__(self, builder: GraphBuilder, source: TensorSource, accuracy_level: int) -> None:
+    def __init__(self, builder: GraphBuilder, source: TensorSource, accuracy: Accuracy) -> None:
         self._builder = builder
         self._source = source
-        self._accuracy_level = accuracy_level
+        self._accuracy = accuracy
         self._packed = lru_cache(maxsize=1)(self._pack)
 
     def _pack(self, linear: FusedLinear) -> Packed:
@@ -103,7 +118,7 @@ class LinearWriter:
             "N": layout.rows,
             "bits": layout.bits,
             "block_size": layout.block,
-            "accuracy_level": self._accuracy_level,
+            "accuracy_level": self._accuracy.of(layers),
         }
         return self._builder.op(
             "MatMulNBits", name, inputs, domain=MICROSOFT, attributes=attributes, metadata=linear.metadata

@@ -140,6 +140,17 @@ def test_graph_is_the_one_that_onnxruntime_runs_fast(artifact_of: Maker, tmp_pat
     assert kinds("llama", dtype=torch.float32).count("Cast") == 2
 
 
+def test_down_projections_can_stay_exact(artifact_of: Maker, tmp_path: Path) -> None:
+    exporter = OnnxExporter(exact_down_proj=True)
+    model = load_graph(exporter.export(artifact_of(), tmp_path / "onnx", silent).target)
+    levels = {
+        node.name: node.attributes["accuracy_level"].as_int() for node in model.graph if node.op_type == "MatMulNBits"
+    }
+    assert {level for name, level in levels.items() if name.endswith("down_proj")} == {0}
+    assert {level for name, level in levels.items() if not name.endswith("down_proj")} == {4}
+    assert "at accuracy_level 0" in " ".join(exporter.notes(artifact_of("mistral", "q8_0").plan))
+
+
 def test_one_weight_is_resident_at_a_time(
     artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

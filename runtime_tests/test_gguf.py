@@ -5,6 +5,7 @@ Runs with whichever binding is installed (xllamacpp in the development environme
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,13 @@ from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, RefusedError
 from signround.events import silent
 from signround.runtimes.llama_cpp import LlamaCpp, open_llama_cpp
+from signround.runtimes.llama_cpp_server import ServerRuntime
+from signround.runtimes.llama_cpp_windows import WindowRuntime
 from tests.small_artifacts import write_rounded_artifact
 from tests.small_models import FAMILIES, write_small_model
 
-pytest.importorskip("xllamacpp")
+if not any(importlib.util.find_spec(module) for module in ("llama_cpp", "xllamacpp")):
+    pytest.skip("needs llama-cpp-python or xllamacpp", allow_module_level=True)
 
 LLAMA_4M = Path(__file__).parents[1] / "examples" / "llama-4m"
 NASTY = [
@@ -182,6 +186,16 @@ def test_damaged_and_missing_files_are_one_sentence(tmp_path: Path) -> None:
         open_llama_cpp(damaged)
     with pytest.raises(RefusedError, match=r"no such \.gguf file"):
         open_llama_cpp(tmp_path / "none.gguf")
+
+
+def test_a_runtime_that_dies_is_one_sentence(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "model", "llama", layers=1)
+    runtime = open_llama_cpp(write_float_gguf(model, tmp_path / "float.gguf"), threads=2)
+    assert isinstance(runtime, ServerRuntime | WindowRuntime)
+    runtime._child._process.kill()
+    with pytest.raises(FailedError, match=r"float\.gguf: llama\.cpp could not run the file \(it ended with signal 9\)"):
+        list(runtime.logits(some_windows(count=1)))
+    runtime.close()
 
 
 def test_llama_4m_in_llama_cpp(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from signround.errors import FailedError
 from signround.runtimes.llama_cpp_child import answer, private_output
 
 
@@ -29,7 +30,7 @@ class _Model:
         parameters.use_extra_bufts = repack
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
         if not self._model:
-            raise SystemExit(1)  # the reason is in the log
+            raise FailedError("the model cannot be loaded")  # the log says why; the parent reads it
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary: int = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self._context: Any = None
@@ -50,7 +51,7 @@ class _Model:
         parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = api.llama_init_from_model(self._model, parameters)
         if not self._context:
-            raise SystemExit(1)
+            raise FailedError(f"no context of {length} tokens can be made")
         self._length = length
 
     def logits(self, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -65,7 +66,7 @@ class _Model:
         status = api.llama_decode(self._context, batch)
         api.llama_batch_free(batch)
         if status != 0:
-            raise SystemExit(1)
+            raise FailedError(f"llama_decode gave {status}")
         return np.ctypeslib.as_array(api.llama_get_logits(self._context), shape=(count, self.vocabulary))
 
     def tokenize(self, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:

@@ -131,7 +131,7 @@ def test_rope_factors_are_those_of_transformers() -> None:
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 256,
     }  # fmt: skip
-    config = LlamaConfig(hidden_size=256, num_attention_heads=4, max_position_embeddings=2048, rope_parameters=parameters)
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=parameters)
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
     ours = rope_factors(rope, 64)

@@ -63,6 +63,7 @@ CASES = [
 IN_BUILDER = [param for param in CASES if "w3" not in param.values[0][1] and param.values[0][2] == "gptq"]
 # One group a row is a block of 16 to 256 inputs in onnxruntime, or nothing.
 IN_ONNX = [param for param in IN_BUILDER if "gc" not in param.id or param.values[0][0] not in ("qwen3", "smollm2-like")]
+EXAMPLE = Path(__file__).parents[1] / "examples" / "llama-4m"
 KERNEL_ERROR = 2e-3  # fp16 products of the torch kernel; measured 5e-4 to 7e-4
 EXACT_ERROR = 1e-6  # the order of float32 sums; measured 0 to 2e-7
 ONNX_ERROR = 1e-5  # the same and another implementation of every operator; measured 1e-6
@@ -97,8 +98,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Case], J
 
 
 def _make(folder: Path, family: str, scheme: str, checkpoint_format: str) -> Job:
-    exporter = GptqExporter(checkpoint_format)
     model = write_small_model(folder / "model", family, dtype=torch.float32)
+    return _finish(model, folder, scheme, checkpoint_format)
+
+
+def _finish(model: Path, folder: Path, scheme: str, checkpoint_format: str) -> Job:
+    exporter = GptqExporter(checkpoint_format)
     artifact = write_rounded_artifact(model, folder / "artifact", scheme, exporter.zero_floor)
     exported = exporter.export(artifact, folder / "gptq", silent)
     windows = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(1))
@@ -188,6 +193,19 @@ def test_shards_load_without_a_missing_key(job: Callable[[Case], Job], loader: C
     assert_exact(made, independent.decoded_by_gptqmodel(sharded, read_format(sharded.target), loader))
     runtime = runtimes.open_gptq(sharded.target, exact_products=True, child=loader)
     assert error_of(runtime, made.windows, made.half_logits) <= EXACT_ERROR
+
+
+@needs_gptqmodel
+@needs_builder
+def test_a_trained_bfloat16_model_in_both_loaders(loader: Child, builder: Child, tmp_path: Path) -> None:
+    """Norms and embeddings stay bfloat16 beside fp16 scales, and nothing is lost."""
+    made = _finish(EXAMPLE, tmp_path, "w4g32", "gptq")
+    assert {made.artifact.tensor(name).dtype for name in made.artifact.kept} == {torch.bfloat16}
+    assert_exact(made, independent.decoded_by_builder(made.exported, builder))
+    exact = runtimes.open_gptq(made.exported.target, exact_products=True, child=loader)
+    assert error_of(exact, made.windows, made.logits) <= EXACT_ERROR
+    onnx = runtimes.open_gptq_through_builder(made.exported.target, tmp_path, child=builder)
+    assert error_of(onnx, made.windows, made.logits) <= ONNX_ERROR
 
 
 @needs_gptqmodel

@@ -20,11 +20,12 @@ from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
 from signround.exporting import ExportedModel
 from signround.files import folder_written_whole, write_json
+from signround.grid import Grid
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 
 from . import checks
-from .config import CHECKPOINT_FORMATS, V1, format_of, model_config, read_format
+from .config import CHECKPOINT_FORMATS, V1, GptqFormat, format_of, model_config, read_format
 from .independent import decoded_by_other_reader
 from .packing import PARTS, layout, pack_linear, unpack_linear
 from .safetensors_stream import FileLayout, SafetensorsWriter, TensorSpec, lay_out, split
@@ -64,6 +65,13 @@ class GptqExporter:
     def zero_floor(self) -> int:
         return 1 if self.checkpoint_format == V1 else 0
 
+    def holds(self, grid: Grid, columns: int) -> bool:
+        """See `Exporter.holds`."""
+        return checks.holds(grid) and not grid.ragged(columns)
+
+    def more_exact(self, plan: ModelPlan) -> None:
+        """GPTQ loaders do not round activations."""
+
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         return checks.refusals(plan, self.checkpoint_format)
 
@@ -102,20 +110,11 @@ class GptqExporter:
         return ExportedModel(self.name, target, files)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
-        from safetensors import safe_open
-
         gptq = read_format(exported.target)
         for path in exported.files:
-            if path.suffix != ".safetensors":
-                continue
-            with safe_open(path, framework="pt") as file:
-                suffix = f".{PARTS[0]}"
-                for module in sorted(name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix)):  # noqa: SIM118  # not a dict
-                    parts = {part: file.get_tensor(f"{module}.{part}") for part in PARTS}
-                    try:
-                        yield module + WEIGHT, unpack_linear(parts, gptq.grid, gptq.zero_offset)
-                    except ValueError as error:
-                        raise FailedError(f"{path}: {module}: {error}; export the artifact again.") from error
+            if path.suffix == ".safetensors":
+                for module in _packed_modules(path):
+                    yield module + WEIGHT, _read_linear(path, module, gptq)
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
         """Through gptqmodel's torch kernel when it is installed, else through the onnxruntime-genai builder."""
@@ -186,3 +185,27 @@ def _linear(layer: LayerPlan, kept: dict[str, TensorSpec]) -> list[TensorSpec]:
     specs = [TensorSpec(f"{module}.{part}", shape, dtype) for part, (shape, dtype) in shapes.items()]
     bias = kept.pop(f"{module}.bias", None)
     return [*specs, bias] if bias else specs
+
+
+def _packed_modules(path: Path) -> list[str]:
+    """Names of the quantised linears in one file, sorted."""
+    from safetensors import SafetensorError, safe_open
+
+    suffix = f".{PARTS[0]}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sorted(name.removesuffix(suffix) for name in set(file.keys()) if name.endswith(suffix))
+    except SafetensorError as error:
+        raise FailedError(f"{path}: not a whole safetensors file ({error}); export the artifact again.") from error
+
+
+def _read_linear(path: Path, module: str, gptq: GptqFormat) -> QuantizedTensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return unpack_linear(
+                {part: file.get_tensor(f"{module}.{part}") for part in PARTS}, gptq.grid, gptq.zero_offset
+            )
+    except (SafetensorError, ValueError) as error:
+        raise FailedError(f"{path}: {module}: {error}; export the artifact again.") from error

@@ -249,3 +249,10 @@ def test_a_damaged_file_is_found_when_read_back(artifact: QuantizedCheckpoint, t
     save_file(tensors, path)
     with pytest.raises(FailedError, match=r"model\.layers\.1\.mlp\.down_proj: .*zero point 8"):
         list(exporter.read_back(exported))
+    del tensors["model.layers.0.mlp.up_proj.scales"]
+    save_file(tensors, path)
+    with pytest.raises(FailedError, match=r"model\.layers\.0\.mlp\.up_proj: .*scales"):
+        list(exporter.read_back(exported))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(FailedError, match="not a whole safetensors file"):
+        list(exporter.read_back(exported))

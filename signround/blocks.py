@@ -22,8 +22,9 @@ ReadTensor = Callable[[str], Tensor]
 class DecoderBlocks:
     """The skeleton of one model. `read` gives a tensor by its checkpoint name in any float dtype.
 
-    Blocks are float32 on `device`; with `compute` "bf16" the matrix products run in bfloat16 under autocast while the
-    residual stream stays float32.
+    Blocks are float32 on `device`, and so are targets, hidden states and chosen losses. Only the many steps of tuning
+    run their matrix products in bfloat16 (`fast`, when `compute` is "bf16"), under autocast with a float32 residual
+    stream: at 4 bits the noise of bfloat16 targets costs a tenth of what tuning gains (docs/decisions.md).
     """
 
     def __init__(self, config: Mapping[str, Any], read: ReadTensor, device: str = "cpu", compute: str = "fp32") -> None:
@@ -48,10 +49,16 @@ class DecoderBlocks:
         return nn.functional.embedding(tokens, self.read(EMBEDDING)).float()
 
     def run(
-        self, block: nn.Module, hidden: Tensor, index: int, weights: Mapping[str, Tensor] | None = None
+        self,
+        block: nn.Module,
+        hidden: Tensor,
+        index: int,
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        fast: bool = False,
     ) -> Tensor:
-        """Forward of block `index` over [windows, tokens, hidden] on the device; `weights` replace its parameters by
-        their names within the block (with gradients), and the residual stream stays float32."""
+        """Forward of block `index` over float32 [windows, tokens, hidden] on the device; `weights` replace its
+        parameters by their names within the block (with gradients)."""
         tokens = hidden.shape[1]
         positions = torch.arange(tokens, device=hidden.device)[None]
         arguments = {
@@ -59,12 +66,13 @@ class DecoderBlocks:
             "position_ids": positions,
             "position_embeddings": self._rotary(hidden, positions),
         }
-        with self._autocast():
+        with self._autocast(fast):
             if weights is None:
                 output = block(hidden, **arguments)
             else:
                 output = torch.func.functional_call(block, dict(weights), (hidden,), arguments)
-        return (output[0] if isinstance(output, tuple) else output).float()
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result.float()
 
     def run_all(self, block: nn.Module, hidden: Tensor, index: int, batch: int = 8) -> None:
         """Replace `hidden` [windows, tokens, hidden], wherever it lies, by the block's outputs, in place."""
@@ -88,8 +96,8 @@ class DecoderBlocks:
     def _float(self, name: str) -> Tensor:
         return self.read(name).to(self.device, torch.float32)
 
-    def _autocast(self) -> Any:
-        if self.compute == "fp32":
+    def _autocast(self, fast: bool) -> Any:
+        if not fast or self.compute == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 

@@ -10,13 +10,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from signround.calibration import file_pieces, load_tokenizer, text_tokens
 from signround.errors import refuse
+from signround.events import Listener, Notice, silent
 from signround.runtimes.protocol import Runtime
+from signround.runtimes.targets import kind_of, open_target
+
+POSITION_SECONDS = 60.0  # for runtimes that are asked once a position: the part of the text that fits is taken
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,93 @@ class Score:
     top1_agreement: float | None = None
     max_abs_difference: float | None = None
     relative_error: float | None = None
+    reference_perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The answer of `signround evaluate`. `tokens` are the scored ones of `tokens_in_text`."""
+
+    perplexity: float
+    tokens: int
+    mean_kl: float | None
+    top1_agreement: float | None
+    runtime: str
+    text: str
+    tokens_in_text: int
+    context: int
+    reference: str | None
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        part = "" if self.tokens_in_text - self.tokens < self.context + self.tokens // self.context + 1 else (
+            f" (a part: {self.tokens:,} of {self.tokens_in_text:,} tokens, this runtime is asked once a position)"
+        )
+        lines = [
+            f"{self.runtime}",
+            f"perplexity {self.perplexity:.4f} on {self.tokens:,} tokens of {self.text}, context {self.context}{part}",
+        ]
+        if self.mean_kl is not None and self.top1_agreement is not None:
+            lines.append(f"against {self.reference}: mean KL {self.mean_kl:.3e}, top-1 {self.top1_agreement:.2%}")
+        return lines
+
+
+def evaluate_target(
+    target: Path,
+    text: Path,
+    *,
+    reference: Path | None = None,
+    context: int = 512,
+    device: str = "cpu",
+    on_event: Listener = silent,
+) -> Evaluation:
+    """Perplexity of whatever lies at `target` (see `runtimes.targets`) in its runtime, on the tokens of its own
+    tokenizer; with `reference`, mean KL and top-1 agreement on the same tokens.
+
+    A .gguf file has no tokenizer that transformers reads: its text is tokenised by llama.cpp.
+    """
+    runtime = open_target(target, device)
+    try:
+        windows = target_windows(target, runtime, text, context)
+        part = windows
+        if runtime.seconds_per_position is not None:
+            part = spread(windows, int(POSITION_SECONDS / runtime.seconds_per_position))
+            if part.numel() < windows.numel():
+                on_event(
+                    Notice(
+                        f"{runtime.name} is asked once a position: {part.numel():,} of {windows.numel():,} positions are "
+                        "evaluated; `pip install signround[llama-cpp-python]` runs whole texts"
+                    )
+                )
+        other = open_target(reference, device) if reference is not None else None
+        if other is not None and other.vocabulary != runtime.vocabulary:
+            raise refuse(
+                f"the reference has {other.vocabulary} tokens in its vocabulary, the target {runtime.vocabulary}",
+                "give the model that the target was made from",
+                str(reference),
+            )
+        measured = score(runtime, part, other)
+        if other is not None:
+            other.close()
+    finally:
+        runtime.close()
+    return Evaluation(
+        measured.perplexity, measured.tokens, measured.mean_kl, measured.top1_agreement, runtime.name, text.name,
+        windows.numel(), context, str(reference) if reference is not None else None,
+    )  # fmt: skip
+
+
+def target_windows(target: Path, runtime: Runtime, text: Path, context: int) -> Tensor:
+    """The text in windows of the target's own tokens."""
+    kind = kind_of(target)
+    if kind != "gguf":
+        return text_windows(target / "model" if kind == "artifact" else target, text, context)
+    from signround.runtimes.llama_cpp import LlamaCpp
+
+    llama = cast(LlamaCpp, runtime)
+    pieces = file_pieces(_existing(text))
+    ids = [token for piece in pieces for token in llama.tokenize(piece, add_special=False, parse_special=False)]
+    return _windows(torch.tensor(ids, dtype=torch.int64), text, context)
 
 
 def text_windows(folder: Path, text: Path, context: int) -> Tensor:
@@ -37,9 +129,16 @@ def text_windows(folder: Path, text: Path, context: int) -> Tensor:
 
     Raises RefusedError when the text has fewer tokens than one window, or the file is missing.
     """
+    return _windows(text_tokens(load_tokenizer(folder), file_pieces(_existing(text))), text, context)
+
+
+def _existing(text: Path) -> Path:
     if not text.is_file():
         raise refuse("there is no such text file", "give the path of a UTF-8 text", str(text))
-    tokens = text_tokens(load_tokenizer(folder), file_pieces(text))
+    return text
+
+
+def _windows(tokens: Tensor, text: Path, context: int) -> Tensor:
     count = len(tokens) // context
     if count == 0:
         raise refuse(
@@ -57,7 +156,7 @@ def score(target: Runtime, windows: Tensor, reference: Runtime | None = None) ->
     for logits, tokens in _exact_batches(target.logits(windows), windows):
         totals.add_likelihood(logits, tokens)
         if others is not None:
-            totals.add_reference(logits, next(others)[0].to(logits.device))
+            totals.add_reference(logits, next(others)[0].to(logits.device), tokens)
     return totals.score(compared=reference is not None)
 
 
@@ -76,6 +175,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self.likelihood = 0.0
+        self.reference_likelihood = 0.0
         self.scored = 0
         self.divergence = 0.0
         self.agreed = 0
@@ -85,12 +185,12 @@ class _Totals:
         self.reference_square = 0.0
 
     def add_likelihood(self, logits: Tensor, tokens: Tensor) -> None:
-        log_probabilities = logits[:-1].log_softmax(-1)
-        self.likelihood -= log_probabilities.gather(-1, tokens[1:, None]).double().sum().item()
+        self.likelihood -= _log_likelihood(logits.log_softmax(-1), tokens)
         self.scored += len(tokens) - 1
 
-    def add_reference(self, logits: Tensor, reference: Tensor) -> None:
+    def add_reference(self, logits: Tensor, reference: Tensor, tokens: Tensor) -> None:
         ours, theirs = logits.log_softmax(-1), reference.log_softmax(-1)
+        self.reference_likelihood -= _log_likelihood(theirs, tokens)
         self.divergence += (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64).item()
         self.agreed += int((logits.argmax(-1) == reference.argmax(-1)).sum())
         self.compared += len(logits)
@@ -111,7 +211,13 @@ class _Totals:
             top1_agreement=self.agreed / self.compared,
             max_abs_difference=self.largest,
             relative_error=math.sqrt(self.difference_square / self.reference_square),
+            reference_perplexity=math.exp(self.reference_likelihood / self.scored),
         )
+
+
+def _log_likelihood(log_probabilities: Tensor, tokens: Tensor) -> float:
+    """Sum of the log-probabilities of tokens[1:] at the positions before them."""
+    return log_probabilities[:-1].gather(-1, tokens[1:, None]).sum(dtype=torch.float64).item()
 
 
 def spread(windows: Tensor, positions: int) -> Tensor:
@@ -120,5 +226,6 @@ def spread(windows: Tensor, positions: int) -> Tensor:
     if positions >= count * tokens:
         return windows
     length = min(tokens, max(2, positions))
-    chosen = torch.linspace(0, count - 1, max(1, positions // length)).round().long()
+    wanted = max(1, positions // length)
+    chosen = torch.arange(wanted) * count // wanted
     return windows[chosen, :length]

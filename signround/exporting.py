@@ -21,6 +21,7 @@ from torch import Tensor
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import Refusal, refuse
 from signround.events import Listener
+from signround.grid import Grid
 from signround.plan import ModelPlan
 from signround.qtensor import QuantizedTensor
 
@@ -55,6 +56,10 @@ class Exporter(Protocol):
         """The lowest zero point that the format can hold; the tuner keeps to it (GPTQ v1: 1)."""
         ...
 
+    def holds(self, grid: Grid, columns: int) -> bool:
+        """Whether rows of `columns` weights on this grid can be stored; the table of schemes asks."""
+        ...
+
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """Every reason why this plan cannot be written, all at once, before any work."""
         ...
@@ -69,6 +74,11 @@ class Exporter(Protocol):
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
         """Write into the folder `out` (whole or absent). Raises FailedError when the disk is full."""
+        ...
+
+    def more_exact(self, plan: ModelPlan) -> Exporter | None:
+        """The same exporter with less rounding of activations in the runtime, at a price in speed; None when there
+        is no such step. The pipeline takes it when the file is exact but the runtime misses its gate."""
         ...
 
     def opened(self, target: Path) -> ExportedModel:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from signround.architecture import read_architecture
 from signround.artifact import TOKENS, ArtifactWriter, QuantizedCheckpoint, artifact_bytes, is_artifact
@@ -22,13 +27,22 @@ from signround.calibration import (
     write_tokens,
 )
 from signround.checkpoint import SourceCheckpoint
-from signround.errors import FailedError, Refusal, RefusedError
-from signround.events import Listener, StageStarted, silent
+from signround.errors import FailedError, Refusal, RefusedError, refuse
+from signround.evaluate import score, text_windows
+from signround.events import Listener, Notice, StageAdvanced, StageStarted, silent
 from signround.exporting import ExportedModel, Exporter, make_exporters
-from signround.measure import physical_memory, reset_peak_memory
+from signround.files import sha256_of, sha256_of_json
+from signround.measure import peak_memory, physical_memory, reset_peak_memory
+from signround.parity import Parity
+from signround.parity import verify as verify_files
 from signround.plan import ModelPlan, make_plan
 from signround.recipes import fit_to_memory, settings_for
+from signround.report import ExportResult, Perplexities, build_report, write_report
+from signround.runtimes.targets import kind_of
+from signround.runtimes.torch_blocks import float_model, rounded_model, tuned_model
 from signround.tuning.chain import TuningChain
+
+EVALUATION_CONTEXT = 512  # tokens a window of the user's text
 
 
 @dataclass(frozen=True)
@@ -140,6 +154,134 @@ def export(
         )
     on_event(StageStarted("export", exporter.name))
     return exporter.export(checkpoint, Path(out), on_event)
+
+
+def quantize(
+    model: str | Path,
+    scheme: str,
+    out: str | Path,
+    to: Sequence[str] = (),
+    *,
+    method: str = "signround",
+    recipe: str = "default",
+    calibration: str = "self",
+    samples: int | None = None,
+    seqlen: int | None = None,
+    iters: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    text: str | Path | None = None,
+    options: Mapping[str, Mapping[str, str]] | None = None,
+    on_event: Listener = silent,
+) -> dict[str, Any]:
+    """The main job: plan, tune, export, verify, report. Returns report.json as a dict (`report.passed` judges it).
+
+    Killed and started again with the same arguments it continues; when nothing is left to do it says so and returns.
+    Raises RefusedError before any work, FailedError when the work cannot go on.
+    """
+    job = prepare(
+        model, scheme, out, to, method=method, recipe=recipe, calibration=calibration, samples=samples, seqlen=seqlen,
+        iters=iters, batch_size=batch_size, seed=seed, device=device, options=options,
+    )  # fmt: skip
+    return run(job, Path(text) if text else None, on_event)
+
+
+def run(job: Job, text: Path | None = None, on_event: Listener = silent) -> dict[str, Any]:
+    """Do a prepared job, or recognise that it is done."""
+    fingerprint = sha256_of_json(
+        [job.plan.fingerprint, [repr(exporter) for exporter in job.exporters], sha256_of(text) if text else ""]
+    )
+    finished = _finished_report(job.out, fingerprint)
+    if finished is not None:
+        on_event(Notice("this job is done already, every file is in place; delete the -o folder to start again"))
+        return finished
+    artifact = tune(job, on_event)
+    windows, name = _evaluation_windows(job, text)
+    perplexities = _perplexities(job, artifact, windows, name, on_event)
+    exports = [_exported(job, exporter, artifact, windows, on_event) for exporter in job.exporters]
+    report = build_report(artifact, fingerprint, str(job.checkpoint.folder), perplexities, exports, job.out)
+    write_report(report, job.out)
+    return report
+
+
+def _finished_report(out: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The report of an earlier run of this very job, when everything it wrote is still there, unchanged."""
+    path = out / "report.json"
+    if not path.is_file() or not is_artifact(out / "artifact"):
+        return None
+    report: dict[str, Any] = json.loads(path.read_text())
+    if report.get("job") != fingerprint or QuantizedCheckpoint(out / "artifact", allow_unfinished=True).damaged():
+        return None
+    files = [file for export in report["exports"].values() for file in export["files"]]
+    intact = all((out / file["path"]).is_file() and sha256_of(out / file["path"]) == file["sha256"] for file in files)
+    return report if intact else None
+
+
+def _evaluation_windows(job: Job, text: Path | None) -> tuple[Tensor, str]:
+    """Windows for perplexity and parity, and what to call them: the user's text, or calibration text that no tuning
+    saw."""
+    if text is not None:
+        context = min(job.plan.architecture.context, EVALUATION_CONTEXT)
+        return text_windows(job.checkpoint.folder, text, context), text.name
+    tokens = read_tokens(job.out / "artifact" / TOKENS)
+    kind = "the held-out part" if tokens.reused else "an unseen part"
+    return tokens.evaluation, f"{kind} of the calibration text"
+
+
+def _perplexities(
+    job: Job, artifact: QuantizedCheckpoint, windows: Tensor, name: str, on_event: Listener
+) -> Perplexities:
+    device = job.plan.tuning.device
+    models = (
+        float_model(job.checkpoint, device),
+        rounded_model(job.checkpoint, job.plan, device),
+        tuned_model(artifact, device),
+    )
+    scores = []
+    for done, model in enumerate(models):
+        on_event(StageAdvanced("evaluate", done, len(models), model.name))
+        scores.append(score(model, windows))
+    on_event(StageAdvanced("evaluate", len(models), len(models)))
+    return Perplexities(name, scores[0].tokens, *(measured.perplexity for measured in scores))
+
+
+def _exported(
+    job: Job, exporter: Exporter, artifact: QuantizedCheckpoint, windows: Tensor, on_event: Listener
+) -> ExportResult:
+    """Write and judge one format. Where the file is right but the runtime's own rounding of activations misses the
+    gate, the exporter's next more exact variant is written instead."""
+    reset_peak_memory()
+    started = time.monotonic()
+    exported = export(artifact, exporter, job.out / exporter.name, on_event=on_event)
+    seconds, (peak, _) = time.monotonic() - started, peak_memory()
+    on_event(StageStarted("verify", exporter.name))
+    parity = verify_files(artifact, exporter, exported, windows, on_event)
+    gentler = exporter.more_exact(job.plan)
+    if parity.only_activations_failed and gentler is not None:
+        assert parity.logits is not None
+        on_event(
+            Notice(
+                f"{exporter.name}: the file is exact, but {parity.logits.runtime} rounds activations too coarsely for this "
+                f"model (mean KL {parity.logits.score.mean_kl:.1e}, the gate is {parity.logits.gate.mean_kl:.0e}); "
+                f"writing it again as {gentler}"
+            )
+        )
+        return _exported(job, gentler, artifact, windows, on_event)
+    return ExportResult(exported, parity, seconds, peak)
+
+
+def verify(
+    target: str | Path, artifact: str | Path, format: str | None = None, *, on_event: Listener = silent
+) -> Parity:
+    """Judge files written earlier against their artifact. `format` is found from the files when it is not given."""
+    path, checkpoint = Path(target), QuantizedCheckpoint(artifact)
+    kind = format or kind_of(path)
+    if kind in ("artifact", "checkpoint"):
+        raise refuse(f"this is a {kind}, not an exported file", "give a .gguf file, an ONNX or a GPTQ folder", str(path))
+    exporter = make_exporters([kind])[0]
+    tokens = read_tokens(checkpoint.folder / TOKENS)
+    return verify_files(checkpoint, exporter, exporter.opened(path), tokens.evaluation, on_event)
 
 
 def _output_refusals(out: Path, plan: ModelPlan, exporters: Sequence[Exporter]) -> list[Refusal]:

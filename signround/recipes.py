@@ -46,13 +46,14 @@ class TuningSettings:
         return asdict(self)
 
 
-# (iters, samples, held_out, seqlen) a recipe and device; batch is 8 everywhere, as in the paper.
+BATCH_SIZE = 8  # as in the paper
+# (iters, samples, held_out, seqlen) a recipe and device
 _EFFORT: dict[tuple[str, Device], tuple[int, int, int, int]] = {
     ("fast", "cpu"): (100, 64, 8, 256),
-    ("default", "cpu"): (200, 128, 16, 256),
+    ("default", "cpu"): (200, 128, 8, 256),
     ("best", "cpu"): (500, 256, 16, 512),
-    ("fast", "cuda"): (100, 128, 16, 512),
-    ("default", "cuda"): (200, 128, 16, 2048),
+    ("fast", "cuda"): (100, 128, 8, 512),
+    ("default", "cuda"): (200, 128, 8, 2048),
     ("best", "cuda"): (500, 512, 16, 2048),
 }
 
@@ -86,11 +87,11 @@ def settings_for(
     elif method == "rtn":
         effort_iters, held_out = 0, 0
     settings = TuningSettings(
-        method=method,  # type: ignore[arg-type]  # checked above
+        method=method,
         recipe=recipe,
         iters=effort_iters if iters is None else iters,
         learning_rate=0.0,
-        batch_size=8 if batch_size is None else batch_size,
+        batch_size=0 if batch_size is None else batch_size,  # 0: the default, settled in _checked
         samples=effort_samples if samples is None else samples,
         held_out=held_out,
         seqlen=min(effort_seqlen if seqlen is None else seqlen, context),
@@ -100,7 +101,7 @@ def settings_for(
         hidden_states="fp32",
         start="search" if method == "signround" else "range",
     )
-    return _checked(settings, seqlen, context)
+    return _checked(settings, seqlen, batch_size, context)
 
 
 def fit_to_memory(settings: TuningSettings, hidden: int, memory: int) -> TuningSettings:
@@ -120,10 +121,12 @@ def fit_to_memory(settings: TuningSettings, hidden: int, memory: int) -> TuningS
     )
 
 
-def _checked(settings: TuningSettings, seqlen: int | None, context: int) -> TuningSettings:
+def _checked(settings: TuningSettings, seqlen: int | None, batch_size: int | None, context: int) -> TuningSettings:
     least = {"--samples": (settings.samples, 2), "--seqlen": (settings.seqlen, 8)}
     if settings.method != "rtn":
-        least |= {"--iters": (settings.iters, 1), "--batch-size": (settings.batch_size, 1)}
+        least["--iters"] = (settings.iters, 1)
+    if batch_size is not None:
+        least["--batch-size"] = (batch_size, 1)
     for flag, (value, minimum) in least.items():
         if value < minimum:
             raise refuse(f"{value} is too small; allowed is {minimum} or more", "choose a larger number", flag)
@@ -133,8 +136,16 @@ def _checked(settings: TuningSettings, seqlen: int | None, context: int) -> Tuni
         )
     held_out = min(settings.held_out, settings.samples // 4 or 1) if settings.held_out else 0
     rate = 2.5e-3 if settings.method == "signround-400" else 1.0 / max(settings.iters, 1)
-    batch_size = min(settings.batch_size, settings.samples - held_out)
-    return replace(settings, held_out=held_out, learning_rate=rate, batch_size=batch_size)
+    training = settings.samples - held_out
+    if batch_size is not None and batch_size > training:
+        raise refuse(
+            f"{batch_size} windows a step exceed the {training} windows to train on "
+            f"({settings.samples} samples, {held_out} of them held out)",
+            "use more --samples or a smaller --batch-size",
+            "--batch-size",
+        )
+    chosen = min(BATCH_SIZE, training) if batch_size is None else batch_size
+    return replace(settings, held_out=held_out, learning_rate=rate, batch_size=chosen)
 
 
 def _device(device: str) -> tuple[Device, Literal["bf16", "fp32"]]:

@@ -29,6 +29,7 @@ from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
 from signround.exporting import ExportedModel
 from signround.files import written_whole
+from signround.grid import Grid
 from signround.plan import LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 
@@ -48,6 +49,13 @@ class GgufExporter:
     @property
     def zero_floor(self) -> int:
         return 0
+
+    def holds(self, grid: Grid, columns: int) -> bool:
+        """See `Exporter.holds`."""
+        return obstacle(grid, columns) is None
+
+    def more_exact(self, plan: ModelPlan) -> None:
+        """llama.cpp rounds activations to 8 bits whatever the file says."""
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """Grids without a block type (equal reasons over layers become one), tensors, options, tokenizer."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,10 +52,12 @@ CARRIED = ("config.json", *TOKENIZER_FILES)
 class OnnxExporter:
     """`accuracy_level` is the precision of activations in MatMulNBits: 4 computes with int8 (fast), 0 with float32.
     `exact_down_proj` keeps down projections, where the outliers are, at 0: about half the difference to float32, for
-    a token that takes some 1.2 times as long at 3 and 4 bits (at 2 and 8 bits there is no fast kernel)."""
+    a token that takes some 1.2 times as long at 3 and 4 bits (at 2 and 8 bits there is no fast kernel). With `fallback`, a
+    model that misses its gate at level 4 is written again, first so, then at level 0 throughout."""
 
     accuracy_level: int = 4
     exact_down_proj: bool = False
+    fallback: bool = True
 
     @property
     def name(self) -> str:
@@ -64,6 +66,18 @@ class OnnxExporter:
     @property
     def zero_floor(self) -> int:
         return 0
+
+    def holds(self, grid: Grid, columns: int) -> bool:
+        """See `Exporter.holds`; ragged rows are padded."""
+        return grid_refusal(grid) is None
+
+    def more_exact(self, plan: ModelPlan) -> OnnxExporter | None:
+        """Float activations in the down projections, where the outliers are; then everywhere."""
+        if not self.fallback or self.accuracy_level != 4:
+            return None
+        if not self.exact_down_proj:
+            return replace(self, exact_down_proj=True)
+        return replace(self, accuracy_level=0, exact_down_proj=False)
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """See `Exporter.refusals`."""

@@ -6,10 +6,8 @@ windows at hand; large texts are run in passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from signround.artifact import QuantizedCheckpoint
@@ -37,13 +35,14 @@ class TorchBlocks:
         tokens = windows.shape[1]
         per_pass = max(1, HIDDEN_BYTES // (tokens * self.blocks.architecture.hidden * 4))
         per_batch = max(1, LOGIT_BYTES // (tokens * self.vocabulary * 4))
-        for part in windows.split(per_pass):
+        for first in range(0, len(windows), per_pass):
+            part = windows[first : first + per_pass]
             hidden = self.blocks.embed(part).to(self.blocks.device)
             for index in range(self.blocks.architecture.layers):
                 self.blocks.run_all(self.blocks.block(index), hidden, index)
             head = self.blocks.head()
-            for batch in hidden.split(per_batch):
-                yield head(batch)
+            for start in range(0, len(hidden), per_batch):
+                yield head(hidden[start : start + per_batch])
 
     def close(self) -> None:
         """Nothing is held between calls."""

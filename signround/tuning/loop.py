@@ -32,19 +32,21 @@ class BlockProblem:
     targets: Tensor
     held_out: int
 
-    def loss(self, weights: Mapping[str, Tensor], picks: Tensor) -> Tensor:
+    def loss(self, weights: Mapping[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
         """Mean squared error of the block's output on the samples `picks` (int64, on the CPU)."""
         device = self.blocks.device
         where = picks.to(self.inputs.device)
         inputs = self.inputs[where].to(device, torch.float32, non_blocking=True)
         targets = self.targets[where].to(device, torch.float32, non_blocking=True)
-        return nn.functional.mse_loss(self.blocks.run(self.block, inputs, self.index, weights), targets)
+        outputs = self.blocks.run(self.block, inputs, self.index, weights, fast=fast)
+        return nn.functional.mse_loss(outputs, targets)
 
     def held_out_loss(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
         """The same on the held-out samples, in batches, without gradients."""
         samples = torch.arange(len(self.inputs) - self.held_out, len(self.inputs))
         with torch.no_grad():
-            losses = [self.loss(weights, picks) * len(picks) for picks in samples.split(batch)]
+            parts = [samples[start : start + batch] for start in range(0, self.held_out, batch)]
+            losses = [self.loss(weights, picks, fast=False) * len(picks) for picks in parts]
             return torch.stack(losses).sum() / self.held_out
 
 
@@ -86,7 +88,7 @@ def tune_block(
         if step == settings.iters:
             break
         weights = {name: layer.fake_quantized() for name, layer in layers.items()}
-        gradients = torch.autograd.grad(problem.loss(weights, picks[step]), parameters)
+        gradients = torch.autograd.grad(problem.loss(weights, picks[step], fast=True), parameters)
         descent.step(tuned, gradients, settings.learning_rate * (1 - step / settings.iters))
     with torch.no_grad():
         for parameter, kept in zip(parameters, best, strict=True):
@@ -109,7 +111,7 @@ def _held_out(problem: BlockProblem, layers: Mapping[str, TunedLayer], settings:
 
 
 def _batches(settings: TuningSettings, block: int) -> Tensor:
-    """int64 [iters, batch] samples to train on; drawn from (seed, block) alone, so that a resumed run draws the same."""
+    """int64 [iters, batch] samples to train on; drawn from (seed, block) alone, as a resumed run must."""
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + block)
     training = settings.samples - settings.held_out
     draws = settings.iters * settings.batch_size

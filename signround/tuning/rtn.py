@@ -34,7 +34,8 @@ def searched_range(grid: Grid, weight: Tensor, importance: Tensor) -> tuple[Tens
     group = grid.group_of(weight.shape[1])
     rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
     weights = grouped(importance[None], group)  # [1, groups, group]
-    parts = [_search(grid, grouped(part, group), weights) for part in weight.split(rows)]
+    starts = range(0, len(weight), rows)
+    parts = [_search(grid, grouped(weight[start : start + rows], group), weights) for start in starts]
     return torch.cat([low for low, _ in parts]), torch.cat([high for _, high in parts])
 
 

@@ -1,0 +1,259 @@
+"""The command line: arguments in, exit code out (0 done, 1 the work failed, 2 the request was refused).
+
+Every command is a thin door to a function of the library with the same names and defaults.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from signround.errors import SignroundError, refuse
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune the rounding of a language model once, ship it to llama.cpp, ONNX Runtime and GPTQ, prove each file.",
+)
+
+Model = Annotated[Path, typer.Argument(help="A Hugging Face folder: config.json, *.safetensors, tokenizer.")]
+Scheme = Annotated[str, typer.Option(help="The grid, for example w4g32 or w2g64-asym; see `signround schemes`.")]
+To = Annotated[list[str] | None, typer.Option("--to", help="A format to write: gguf, onnx or gptq; repeat for more.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="An option of a format, for example onnx.accuracy_level=0.")
+]
+Method = Annotated[str, typer.Option(help="signround, signround-400 (the paper's first draft) or rtn.")]
+Recipe = Annotated[str, typer.Option(help="fast, default or best.")]
+Calibration = Annotated[str, typer.Option(help="A text file, hub:NAME, or self: text that the model writes.")]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows; the recipe's number if not given.")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens a window.")]
+Iters = Annotated[int | None, typer.Option(help="Tuning steps a block.")]
+BatchSize = Annotated[int | None, typer.Option(help="Windows a step.")]
+Seed = Annotated[int, typer.Option(help="Decides samples and steps; the same seed gives the same bytes.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Text = Annotated[Path | None, typer.Option(help="A text to evaluate on.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, and nothing else there.")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    scheme: Scheme,
+    out: Out,
+    to: To = None,
+    method: Method = "signround",
+    recipe: Recipe = "default",
+    calibration: Calibration = "self",
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    iters: Iters = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    text: Text = None,
+    setting: Setting = None,
+    as_json: Json = False,
+) -> None:
+    """Plan, tune, export, verify, report: the main job. Run again, it continues."""
+    from signround import pipeline, report
+    from signround.cli.output import print_json, print_report
+    from signround.cli.progress import ProgressDisplay
+
+    with ProgressDisplay() as progress:
+        result = pipeline.quantize(
+            model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
+            seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device, text=text,
+            options=_options(setting), on_event=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json(result)
+    else:
+        print_report(result, str(out))
+    if not report.passed(result):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model: Model,
+    scheme: Scheme,
+    to: To = None,
+    out: Out = Path("out"),
+    method: Method = "signround",
+    recipe: Recipe = "default",
+    calibration: Calibration = "self",
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    iters: Iters = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    setting: Setting = None,
+    as_json: Json = False,
+) -> None:
+    """Show what would be done, with sizes, memory, time and every refusal; do nothing."""
+    from signround import pipeline
+    from signround.cli.output import print_json, print_lines
+    from signround.estimate import describe, describe_lines
+
+    job = pipeline.prepare(
+        model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
+        seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device, options=_options(setting),
+    )  # fmt: skip
+    description = describe(job)
+    if as_json:
+        print_json(description)
+    else:
+        print_lines(describe_lines(description))
+
+
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="The artifact/ folder of a finished job.")],
+    to: Annotated[str, typer.Option("--to", help="The format to write.")],
+    out: Out,
+    setting: Setting = None,
+    as_json: Json = False,
+) -> None:
+    """Write another format from a finished artifact, without tuning."""
+    from signround import pipeline
+    from signround.cli.output import print_json, print_lines
+    from signround.cli.progress import ProgressDisplay
+
+    options = _options(setting)
+    if any(name != to for name in options):
+        raise refuse(f"--set names another format than {to}", f"write --set {to}.OPTION=VALUE", "--set")
+    with ProgressDisplay() as progress:
+        exported = pipeline.export(artifact, to, out, options=options.get(to), on_event=progress)
+    if as_json:
+        print_json({"format": exported.format, "target": str(exported.target), "files": [*map(str, exported.files)]})
+    else:
+        print_lines([f"{path} ({path.stat().st_size:,} bytes)" for path in exported.files])
+
+
+@app.command()
+def verify(
+    target: Annotated[Path, typer.Argument(help="A .gguf file, an ONNX folder or a GPTQ folder.")],
+    artifact: Annotated[Path, typer.Option(help="The artifact/ folder that the file was written from.")],
+    as_json: Json = False,
+) -> None:
+    """Compare a file with its artifact, bit for bit, and run it in its runtime."""
+    from signround import pipeline
+    from signround.cli.output import print_json, print_lines
+    from signround.cli.progress import ProgressDisplay
+    from signround.report import parity_json, parity_lines
+
+    with ProgressDisplay() as progress:
+        parity = pipeline.verify(target, artifact, on_event=progress)
+    if as_json:
+        print_json(parity_json(parity))
+    else:
+        print_lines(parity_lines(parity))
+    if not parity.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A Hugging Face folder, an artifact, .gguf, ONNX or GPTQ folder.")],
+    text: Annotated[Path, typer.Option(help="A UTF-8 text.")],
+    reference: Annotated[Path | None, typer.Option(help="A model to compare with: mean KL and top-1.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 512,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a model in its runtime; with --reference also mean KL and top-1 agreement."""
+    from signround.cli.output import print_json, print_lines
+    from signround.cli.progress import ProgressDisplay
+    from signround.evaluate import evaluate_target
+
+    with ProgressDisplay() as progress:
+        measured = evaluate_target(target, text, reference=reference, context=context, device=device, on_event=progress)
+    if as_json:
+        print_json(asdict(measured))
+    else:
+        print_lines(measured.lines())
+
+
+@app.command()
+def inspect(
+    target: Annotated[Path, typer.Argument(help="An artifact, or a file or folder that was exported.")],
+    as_json: Json = False,
+) -> None:
+    """What is inside: grids, sizes, histogram of codes."""
+    from signround.cli.output import print_json, print_lines
+    from signround.inspection import inspect_target, inspection_lines
+
+    found = inspect_target(target)
+    if as_json:
+        print_json(found)
+    else:
+        print_lines(inspection_lines(found))
+
+
+@app.command()
+def schemes(as_json: Json = False) -> None:
+    """Every scheme, its bits per weight, and which formats hold it."""
+    from signround.cli.output import print_json, print_table
+    from signround.inspection import scheme_table
+
+    rows = scheme_table()
+    if as_json:
+        print_json(rows)
+    else:
+        cells = [(row["scheme"], f"{row['bits_per_weight']:.3f}", ", ".join(row["formats"]) or "-") for row in rows]
+        print_table(("scheme", "bits/weight", "formats"), cells)
+
+
+def _options(settings: list[str] | None) -> dict[str, dict[str, str]]:
+    """`--set gguf.float_type=f16` -> {"gguf": {"float_type": "f16"}}."""
+    options: dict[str, dict[str, str]] = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        name, dot, option = key.partition(".")
+        if not (equals and dot and name and option):
+            raise refuse(f"{setting!r} is not of the form FORMAT.OPTION=VALUE", "write it so", "--set")
+        options.setdefault(name, {})[option] = value
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `signround` command."""
+    from signround.cli.output import print_error
+
+    _quiet_libraries()
+    try:
+        code: Any = app(args=arguments, standalone_mode=False)
+    except SignroundError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(_interrupted())
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupted() -> int:
+    sys.stderr.write("signround: interrupted; finished blocks are kept, run the same command again to continue.\n")
+    return 1
+
+
+def _quiet_libraries() -> None:
+    """Other packages' banners and deprecation notes are not for our users; errors still come through as exceptions."""
+    import logging
+
+    warnings.filterwarnings("ignore")
+    for name in ("torchao", "transformers", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

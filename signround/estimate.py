@@ -1,0 +1,115 @@
+"""What a job will take: sizes from shapes, memory from the stages, time from a short measurement of this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from signround.artifact import artifact_bytes
+from signround.pipeline import Job
+
+GIB = 1 << 30
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """The resolved plan as JSON values: what becomes of every tensor, settings, sizes, memory, time, notes."""
+    plan = job.plan
+    return {
+        "model": plan.model,
+        "architecture": plan.architecture.family.hf_class,
+        "parameters": plan.parameters,
+        "scheme": plan.scheme,
+        "bits_per_weight": plan.bits_per_weight(),
+        "fingerprint": plan.fingerprint,
+        "tuning": plan.tuning.to_json(),
+        "calibration": {"source": job.calibration, "tokens": plan.tuning.samples * plan.tuning.seqlen},
+        "quantized": [
+            {"name": layer.name, "shape": [layer.rows, layer.columns], "grid": layer.grid.to_json(), "reason": layer.reason}
+            for layer in plan.layers()
+        ],
+        "kept": [
+            {"name": kept.name, "shape": list(kept.shape), "dtype": kept.dtype, "reason": kept.reason}
+            for kept in plan.kept()
+        ],
+        "skipped": dict(plan.skipped),
+        "bytes": {
+            "artifact": artifact_bytes(plan),
+            **{exporter.name: exporter.estimated_bytes(plan) for exporter in job.exporters},
+        },
+        "memory_bytes": memory_bytes(job),
+        "seconds": tuning_seconds(job),
+        "notes": [f"{exporter.name}: {note}" for exporter in job.exporters for note in exporter.notes(plan)],
+    }
+
+
+def memory_bytes(job: Job) -> dict[str, int]:
+    """Peak of each stage, the interpreter (about 0.5 GB) included."""
+    plan, base = job.plan, GIB // 2
+    block = max(sum(layer.rows * layer.columns for layer in block.layers) for block in plan.blocks)
+    largest = max(math.prod(kept.shape) * kept.torch_dtype.itemsize for kept in plan.outer)
+    hidden = plan.tuning.samples * plan.tuning.seqlen * plan.architecture.hidden
+    hidden *= {"fp32": 4, "bf16": 2}[plan.tuning.hidden_states] * (3 if plan.tuning.method == "signround-400" else 2)
+    activations = plan.tuning.batch_size * plan.tuning.seqlen * 4 * (
+        12 * plan.architecture.hidden + 6 * plan.architecture.intermediate
+    )  # fmt: skip
+    if plan.tuning.method == "rtn":
+        hidden = activations = 0
+    return {
+        # weight, V, its best copy, gradients and the chain of the fake quantiser: about twelve float32 a weight
+        "tune": base + 12 * 4 * block + hidden + activations,
+        "export": base + 2 * max(largest, 4 * max(layer.rows * layer.columns for layer in plan.layers())),
+        "calibrate": base + (plan.parameters * 2 + GIB if plan.calibration.source == "self" else 0),
+    }
+
+
+def tuning_seconds(job: Job) -> float:
+    """Floor of the tuning time: the arithmetic of the block's own passes at the matrix speed measured just now."""
+    plan = job.plan
+    weights = sum(layer.rows * layer.columns for layer in plan.layers())
+    steps = plan.tuning.iters * plan.tuning.batch_size * plan.tuning.seqlen * 6 * weights
+    passes = 3 * plan.tuning.samples * plan.tuning.seqlen * 2 * weights if plan.tuning.iters else 0
+    return (steps + passes) / _matrix_speed(plan.tuning.device, plan.tuning.compute, plan.architecture.hidden)
+
+
+def _matrix_speed(device: str, compute: str, hidden: int) -> float:
+    """Operations a second of one matrix product of the model's width."""
+    import torch
+
+    dtype = torch.bfloat16 if compute == "bf16" else torch.float32
+    tokens = 4096 if device == "cuda" else 512
+    left = torch.randn(tokens, hidden, device=device, dtype=dtype)
+    right = torch.randn(hidden, 4 * hidden, device=device, dtype=dtype)
+    for _ in range(2):
+        left @ right
+    repeats = 5
+    started = time.perf_counter()
+    for _ in range(repeats):
+        result = left @ right
+    result.sum().item()
+    return repeats * 2 * tokens * hidden * 4 * hidden / (time.perf_counter() - started)
+
+
+def describe_lines(description: Mapping[str, Any]) -> list[str]:
+    """The plan for a person."""
+    tuning = description["tuning"]
+    reasons = Counter(entry["reason"] for entry in description["quantized"])
+    kept = Counter(entry["reason"] for entry in description["kept"])
+    lines = [
+        f"{description['model']}: {description['architecture']}, {description['parameters'] / 1e6:.1f} M parameters",
+        f"scheme {description['scheme']}, {description['bits_per_weight']:.3f} bits a weight in the quantised linears",
+        *(f"  {count} linears quantised: {reason}" for reason, count in reasons.items()),
+        *(f"  {count} tensors kept: {reason}" for reason, count in kept.items()),
+        *(f"  skipped {name}: {reason}" for name, reason in description["skipped"].items()),
+        f"{tuning['method']} on {tuning['device']} ({tuning['compute']} products): {tuning['iters']} steps a block, batch "
+        f"{tuning['batch_size']}, {tuning['samples']} samples of {tuning['seqlen']} tokens, {tuning['held_out']} held out, "
+        f"from {description['calibration']['source']}",
+        "sizes: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in description["bytes"].items()),
+        "peak memory: "
+        + ", ".join(f"{stage} {size / 1e9:.1f} GB" for stage, size in description["memory_bytes"].items()),
+        f"time: at least {description['seconds']:.0f} s of arithmetic for tuning on this machine",
+        f"fingerprint {description['fingerprint']}",
+    ]
+    return [*lines, *(f"note: {note}" for note in description["notes"])]

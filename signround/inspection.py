@@ -1,0 +1,101 @@
+"""What is inside an artifact or an exported file: grids, sizes, how often each code occurs. And the table of schemes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from signround.artifact import QuantizedCheckpoint
+from signround.checkpoint import SourceCheckpoint
+from signround.exporting import available_exporters, make_exporters
+from signround.formats import grid_for, scheme_names
+from signround.grid import Grid
+from signround.qtensor import QuantizedTensor
+from signround.runtimes.targets import kind_of
+
+TYPICAL_COLUMNS = 4096  # a row length that every group divides, for the table of schemes
+
+
+def inspect_target(target: Path) -> dict[str, Any]:
+    """JSON values: kind, files with sizes, and for each grid the number of linears, weights and the code histogram."""
+    kind = kind_of(target)
+    found: dict[str, Any] = {"kind": kind, "path": str(target), "bytes": _bytes(target)}
+    if kind == "checkpoint":
+        checkpoint = SourceCheckpoint(target)
+        return found | {"tensors": len(checkpoint.tensors), "parameters": checkpoint.parameters}
+    if kind == "artifact":
+        artifact = QuantizedCheckpoint(target, allow_unfinished=True)
+        found |= {
+            "scheme": artifact.plan.scheme,
+            "complete": artifact.manifest["complete"],
+            "fingerprint": artifact.fingerprint,
+            "calibration": artifact.manifest["calibration"],
+            "tuning": artifact.plan.tuning.to_json(),
+            "blocks": {"finished": len(artifact.records()), "planned": len(artifact.plan.blocks)},
+        }
+        if not artifact.manifest["complete"]:
+            return found | {"grids": []}
+        tensors = ((name, artifact.quantized(name)) for name in artifact.layers)
+        return found | {"grids": _grids(tensors)}
+    exporter = make_exporters([kind])[0]
+    return found | {"grids": _grids(exporter.read_back(exporter.opened(target)))}
+
+
+def _bytes(target: Path) -> int:
+    if target.is_file():
+        return target.stat().st_size
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def _grids(tensors: Iterator[tuple[str, QuantizedTensor]]) -> list[dict[str, Any]]:
+    histograms: dict[Grid, torch.Tensor] = {}
+    counts: dict[Grid, int] = defaultdict(int)
+    for _, tensor in tensors:
+        grid = tensor.grid
+        histogram = torch.bincount(tensor.codes.flatten().int(), minlength=grid.code_max + 1)
+        histograms[grid] = histograms[grid] + histogram if grid in histograms else histogram
+        counts[grid] += 1
+    return [
+        {
+            "grid": grid.to_json(),
+            "linears": counts[grid],
+            "weights": int(histogram.sum()),
+            "histogram": histogram.tolist(),
+        }
+        for grid, histogram in histograms.items()
+    ]
+
+
+def inspection_lines(found: Mapping[str, Any]) -> list[str]:
+    """For a person: the histogram as bars."""
+    lines = [f"{found['path']}: {found['kind']}, {found['bytes'] / 1e6:.1f} MB"]
+    lines += [f"{key}: {found[key]}" for key in ("scheme", "fingerprint", "complete", "blocks", "parameters") if key in found]
+    for entry in found.get("grids", ()):
+        grid = entry["grid"]
+        group = grid["group"] or "whole rows"
+        lines.append(
+            f"{entry['linears']} linears, {entry['weights']:,} weights: {grid['bits']} bits, group {group}, {grid['zero']}"
+        )
+        top = max(entry["histogram"])
+        shown = entry["histogram"] if len(entry["histogram"]) <= 16 else []
+        lines += [f"  {code:3d} {count / entry['weights']:6.2%} {'#' * (40 * count // top)}" for code, count in enumerate(shown)]
+    return lines
+
+
+def scheme_table() -> list[dict[str, Any]]:
+    """Every scheme with its stored bits a weight (row of 4096) and the installed formats that hold it."""
+    exporters = make_exporters(list(available_exporters()))
+    rows = []
+    for scheme in scheme_names():
+        grid = grid_for(scheme)
+        holders = []
+        for exporter in exporters:
+            floored = grid_for(scheme, exporter.zero_floor)
+            if exporter.holds(floored, TYPICAL_COLUMNS):
+                holders.append(exporter.name)
+        rows.append({"scheme": scheme, "bits_per_weight": grid.bits_per_weight(TYPICAL_COLUMNS), "formats": holders})
+    return rows

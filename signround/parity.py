@@ -1,0 +1,233 @@
+"""Is the file the tuned model? Weights bit for bit through a reader that is not ours, logits in the real runtime.
+
+Gates, and why they are what they are (docs/formats.md has the measurements):
+- weights: every tensor exact. There is no tolerance: exporters lay out bits, they do not compute.
+- onnxruntime, accuracy_level 0 (float32 activations): relative error 1e-5. It differs from transformers only in the
+  order of sums, measured 6e-7 to 1.4e-6.
+- onnxruntime as shipped (level 4, int8 activations): mean KL 5e-4. Measured 2e-5 on trained models.
+- llama.cpp (8-bit activations always): mean KL 1e-3, top-1 97.5 %. Measured 3e-4 and 98.7 % for Q8_0.
+- GPTQ with exact products: relative error 1e-5; as shipped the kernel rounds weights to fp16: 2e-3, measured 6e-4.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from signround.artifact import QuantizedCheckpoint
+from signround.errors import RefusedError
+from signround.evaluate import Score, score, spread
+from signround.events import Listener, Notice, silent
+from signround.exporting import ExportedModel, Exporter
+from signround.runtimes.protocol import Runtime
+from signround.runtimes.torch_blocks import tuned_model
+
+MOST_POSITIONS = 4096
+MOST_SECONDS = 30.0  # for runtimes that are asked once a position
+
+
+@dataclass(frozen=True)
+class WeightParity:
+    """How many tensors an independent reader decodes to exactly the tuned values. `reader` is "own parser" when the
+    independent one is not installed. `missing` and `different` name tensors."""
+
+    reader: str
+    tensors: int
+    exact: int
+    worst_abs_difference: float
+    missing: tuple[str, ...]
+    different: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.exact == self.tensors and not self.missing
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The most that a runtime may differ from the tuned model in float; None is not judged."""
+
+    mean_kl: float | None = None
+    top1_agreement: float | None = None
+    relative_error: float | None = None
+
+    def passes(self, measured: Score) -> bool:
+        assert measured.mean_kl is not None
+        assert measured.top1_agreement is not None
+        assert measured.relative_error is not None
+        return not (
+            (self.mean_kl is not None and not measured.mean_kl <= self.mean_kl)
+            or (self.top1_agreement is not None and not measured.top1_agreement >= self.top1_agreement)
+            or (self.relative_error is not None and not measured.relative_error <= self.relative_error)
+        )
+
+
+@dataclass(frozen=True)
+class LogitParity:
+    """One run of the file in a runtime over `tokens` positions; `tuned_perplexity` is the tuned model's on the same."""
+
+    runtime: str
+    tokens: int
+    score: Score
+    tuned_perplexity: float
+    gate: Gate
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The verdict on one exported model. `logits` is the runtime as shipped; `exact_logits` the same runtime without
+    its own activation rounding, where it has such a mode; both are None when no runtime is known for the format."""
+
+    weights: WeightParity
+    logits: LogitParity | None
+    exact_logits: LogitParity | None
+
+    @property
+    def only_activations_failed(self) -> bool:
+        """The file is the tuned model, and still the runtime as shipped is too far from it."""
+        exact = self.exact_logits is not None and self.exact_logits.passed
+        return self.weights.passed and exact and self.logits is not None and not self.logits.passed
+
+    @property
+    def passed(self) -> bool:
+        return self.weights.passed and all(run.passed for run in (self.logits, self.exact_logits) if run is not None)
+
+
+def verify(
+    artifact: QuantizedCheckpoint,
+    exporter: Exporter,
+    exported: ExportedModel,
+    windows: Tensor,
+    on_event: Listener = silent,
+) -> Parity:
+    """Judge written files against the artifact. `windows` int64 [count, tokens] feed the runtimes."""
+    weights = compare_weights(artifact, exporter, exported, on_event)
+    runs: dict[str, LogitParity] = {}
+    for label, opened, gate in _RUNS.get(exported.format, ()):
+        try:
+            with opened(exported.target) as runtime:
+                runs[label] = compare_logits(artifact, runtime, gate, windows)
+        except RefusedError as missing:
+            on_event(Notice(f"{exported.format}: logits were not compared, {missing}"))
+    if exported.format not in _RUNS:
+        on_event(Notice(f"{exported.format}: no runtime is known for this format, only its weights were compared"))
+    return Parity(weights, runs.get("shipped"), runs.get("exact"))
+
+
+def compare_weights(
+    artifact: QuantizedCheckpoint, exporter: Exporter, exported: ExportedModel, on_event: Listener = silent
+) -> WeightParity:
+    """Every tensor of the artifact against the independent reader; codes and fields against our own parser."""
+    try:
+        decoded = exporter.decode_independently(exported)
+        return _compared(artifact, exported, decoded, "independent")
+    except RefusedError as missing:
+        on_event(Notice(f"{exported.format}: weights were read by our own parser only, {missing}"))
+    own = ((name, tensor.decode()) for name, tensor in exporter.read_back(exported))
+    quantized_only = _compared(artifact, exported, own, "own parser")
+    missing_linears = tuple(name for name in quantized_only.missing if name in artifact.layers)
+    return WeightParity(
+        "own parser",
+        len(artifact.layers),
+        quantized_only.exact,
+        quantized_only.worst_abs_difference,
+        missing_linears,
+        quantized_only.different,
+    )
+
+
+def _compared(
+    artifact: QuantizedCheckpoint, exported: ExportedModel, decoded: Iterator[tuple[str, Tensor]], reader: str
+) -> WeightParity:
+    names = {*artifact.layers, *artifact.kept}
+    exact, worst, different = 0, 0.0, []
+    for name, found in decoded:
+        names.discard(name)
+        expected = _expected(artifact, exported, name)
+        if torch.equal(found, expected):
+            exact += 1
+            continue
+        different.append(name)
+        gap = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
+        worst = max(worst, gap)
+    total = len(artifact.layers) + len(artifact.kept)
+    return WeightParity(reader, total, exact, worst, tuple(sorted(names)), tuple(different))
+
+
+def _expected(artifact: QuantizedCheckpoint, exported: ExportedModel, name: str) -> Tensor:
+    weight = artifact.weight(name)
+    if exported.kept_dtype is not None and name in artifact.kept and weight.ndim > 1:
+        return weight.to(exported.kept_dtype).float()
+    return weight
+
+
+def compare_logits(artifact: QuantizedCheckpoint, runtime: Runtime, gate: Gate, windows: Tensor) -> LogitParity:
+    """Run `windows` (a stated, evenly spread part when a position is dear) and judge the differences."""
+    positions = MOST_POSITIONS
+    if runtime.seconds_per_position is not None:
+        positions = min(positions, int(MOST_SECONDS / runtime.seconds_per_position))
+    part = spread(windows, positions)
+    measured = score(runtime, part, tuned_model(artifact))
+    assert measured.reference_perplexity is not None
+    return LogitParity(
+        runtime.name, part.numel(), measured, measured.reference_perplexity, gate, gate.passes(measured)
+    )
+
+
+@contextmanager
+def _onnx_exact(folder: Path) -> Iterator[Runtime]:
+    from signround.runtimes.ort import open_onnxruntime
+
+    with _closing(open_onnxruntime(folder, accuracy_level=0)) as runtime:
+        yield runtime
+
+
+@contextmanager
+def _as_shipped(target: Path) -> Iterator[Runtime]:
+    from signround.runtimes.targets import open_target
+
+    with _closing(open_target(target)) as runtime:
+        yield runtime
+
+
+@contextmanager
+def _gptq_exact(folder: Path) -> Iterator[Runtime]:
+    """gptqmodel with float32 products; without that extra the onnxruntime-genai builder, a lighter reader."""
+    from signround.runtimes.gptq import open_gptq, open_gptq_through_builder
+
+    try:
+        runtime: Runtime = open_gptq(folder, exact_products=True)
+    except RefusedError:
+        with tempfile.TemporaryDirectory() as workdir, _closing(open_gptq_through_builder(folder, Path(workdir))) as built:
+            yield built
+        return
+    with _closing(runtime):
+        yield runtime
+
+
+@contextmanager
+def _closing(runtime: Runtime) -> Iterator[Runtime]:
+    try:
+        yield runtime
+    finally:
+        runtime.close()
+
+
+_RUNS: dict[str, tuple[tuple[str, Callable[[Path], AbstractContextManager[Runtime]], Gate], ...]] = {
+    "onnx": (
+        ("exact", _onnx_exact, Gate(relative_error=1e-5)),
+        ("shipped", _as_shipped, Gate(mean_kl=5e-4)),
+    ),
+    "gguf": (("shipped", _as_shipped, Gate(mean_kl=1e-3, top1_agreement=0.975)),),
+    "gptq": (
+        ("exact", _gptq_exact, Gate(relative_error=1e-5)),
+        ("shipped", _as_shipped, Gate(relative_error=2e-3)),
+    ),
+}

@@ -1,0 +1,308 @@
+"""The report of a job: report.json (schema 1, a contract), and the same for a reader in report.md and report.html.
+
+Fields may be added to the schema, never renamed. Times and memory are measurements; everything else is determined by
+the job.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from signround.artifact import QuantizedCheckpoint
+from signround.exporting import ExportedModel
+from signround.files import sha256_of, write_json, written_whole
+from signround.parity import LogitParity, Parity
+
+SCHEMA_VERSION = 1
+PACKAGES = (
+    "signround", "torch", "transformers", "gguf", "onnx-ir", "onnxruntime", "onnxruntime-genai", "xllamacpp",
+    "llama-cpp-python", "gptqmodel", "optimum",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Perplexities:
+    """Of the float, rounded and tuned model on one text; `tokens` are the scored ones."""
+
+    text: str
+    tokens: int
+    float_model: float
+    rounded: float
+    tuned: float
+
+    @property
+    def gap_closed(self) -> float:
+        """Part of the gap between rounding and float that tuning closed; 0 without a gap."""
+        gap = self.rounded - self.float_model
+        return (self.rounded - self.tuned) / gap if gap > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "float": self.float_model,
+            "rounded": self.rounded,
+            "tuned": self.tuned,
+            "gap_closed": self.gap_closed,
+        }
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """One written format with its verdict, and what writing it took."""
+
+    exported: ExportedModel
+    parity: Parity
+    seconds: float
+    peak_rss_bytes: int
+
+
+def build_report(
+    artifact: QuantizedCheckpoint,
+    job: str,
+    model_path: str,
+    perplexities: Perplexities | None,
+    exports: Sequence[ExportResult],
+    out: Path,
+) -> dict[str, Any]:
+    """report.json as a dict; paths are relative to `out`. `job` is the fingerprint of the whole request."""
+    plan = artifact.plan
+    records = artifact.records()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "job": job,
+        "model": {
+            "path": model_path,
+            "sha256": plan.source_sha256,
+            "architecture": plan.architecture.family.hf_class,
+            "parameters": plan.parameters,
+        },
+        "scheme": plan.scheme,
+        "recipe": plan.tuning.to_json(),
+        "calibration": artifact.manifest["calibration"],
+        "artifact": {"fingerprint": artifact.fingerprint, "bits_per_weight": plan.bits_per_weight()},
+        "tuning": {
+            "seconds": sum(record.seconds for record in records),
+            "peak_rss_bytes": max(record.peak_rss_bytes for record in records),
+            "peak_device_bytes": max(record.peak_device_bytes for record in records),
+            "blocks": [
+                {
+                    "index": record.index,
+                    "seconds": record.seconds,
+                    "loss_rounded": record.loss_rounded,
+                    "loss_tuned": record.loss_tuned,
+                    "kept": record.kept,
+                }
+                for record in records
+            ],
+        },
+        "perplexity": perplexities.to_json() if perplexities else None,
+        "exports": {result.exported.format: _export_json(artifact, result, out) for result in exports},
+        "skipped": dict(plan.skipped),
+        "versions": _versions(),
+    }
+
+
+def _export_json(artifact: QuantizedCheckpoint, result: ExportResult, out: Path) -> dict[str, Any]:
+    files = [
+        {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in result.exported.files
+    ]
+    size = sum(path.stat().st_size for path in result.exported.files if path.suffix not in (".json", ".jinja", ".txt"))
+    return {
+        "target": str(result.exported.target.relative_to(out)),
+        "files": files,
+        "bytes": sum(path.stat().st_size for path in result.exported.files),
+        "bits_per_weight": 8 * size / artifact.plan.parameters,
+        "seconds": result.seconds,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "perplexity": result.parity.logits.score.perplexity if result.parity.logits else None,
+        **parity_json(result.parity),
+    }
+
+
+def parity_json(parity: Parity) -> dict[str, Any]:
+    """The verdict on one exported model, as in report.json and as `signround verify --json` prints it."""
+    weights = parity.weights
+    return {
+        "weights": {
+            "reader": weights.reader,
+            "tensors": weights.tensors,
+            "exact": weights.exact,
+            "worst_abs_difference": weights.worst_abs_difference,
+            "missing": list(weights.missing),
+            "different": list(weights.different),
+            "passed": weights.passed,
+        },
+        "logits": _logits_json(parity.logits),
+        "exact_logits": _logits_json(parity.exact_logits),
+        "passed": parity.passed,
+    }
+
+
+def parity_lines(parity: Parity) -> list[str]:
+    """The verdict for a person."""
+    weights = parity.weights
+    lines = [f"weights: {weights.exact} of {weights.tensors} tensors exact ({weights.reader} reader)"]
+    lines += [f"  {name} is missing in the file" for name in weights.missing]
+    lines += [f"  {name} differs (worst difference {weights.worst_abs_difference:.3g})" for name in weights.different]
+    for label, run in (("logits", parity.logits), ("logits without activation rounding", parity.exact_logits)):
+        if run is not None:
+            lines.append(
+                f"{label}: {run.runtime}, {run.tokens:,} positions: mean KL {run.score.mean_kl:.2e}, top-1 "
+                f"{run.score.top1_agreement:.2%}, relative error {run.score.relative_error:.2e}: "
+                + ("passed" if run.passed else f"FAILED, the gate is {_logits_json(run)}")
+            )
+    return [*lines, "passed" if parity.passed else "FAILED"]
+
+
+def _logits_json(run: LogitParity | None) -> dict[str, Any] | None:
+    if run is None:
+        return None
+    return {
+        "runtime": run.runtime,
+        "tokens": run.tokens,
+        "mean_kl": run.score.mean_kl,
+        "top1_agreement": run.score.top1_agreement,
+        "max_abs_difference": run.score.max_abs_difference,
+        "relative_error": run.score.relative_error,
+        "perplexity": run.score.perplexity,
+        "tuned_perplexity": run.tuned_perplexity,
+        "gate": {name: value for name, value in vars(run.gate).items() if value is not None},
+        "passed": run.passed,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def passed(report: Mapping[str, Any]) -> bool:
+    """Whether every gate of every export passed."""
+    return all(export["passed"] for export in report["exports"].values())
+
+
+COLUMNS = ("format", "size", "bits/weight", "perplexity in the runtime", "tuned, same tokens", "mean KL", "top-1",
+           "exact tensors", "verdict")  # fmt: skip
+
+
+def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row a format, in the order of COLUMNS, as text: what the CLI, report.md and report.html show."""
+    rows: list[tuple[str, ...]] = []
+    for name, export in report["exports"].items():
+        run = export["logits"]
+        weights = export["weights"]
+        measured = (
+            (f"{run['perplexity']:.3f}", f"{run['tuned_perplexity']:.3f}", f"{run['mean_kl']:.1e}",
+             f"{run['top1_agreement']:.1%}")
+            if run
+            else ("not run",) * 4
+        )  # fmt: skip
+        rows.append(
+            (
+                name,
+                f"{export['bytes'] / 1e6:.1f} MB",
+                f"{export['bits_per_weight']:.2f}",
+                *measured,
+                f"{weights['exact']}/{weights['tensors']}",
+                "passed" if export["passed"] else "FAILED",
+            )
+        )
+    return rows
+
+
+def summary_lines(report: Mapping[str, Any]) -> list[str]:
+    """What stands above the table: model, scheme, perplexities, tuning."""
+    model, tuning = report["model"], report["tuning"]
+    lines = [
+        f"{model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, scheme {report['scheme']} "
+        f"({report['artifact']['bits_per_weight']:.2f} bits a weight in the tuned linears)",
+        f"tuned with {report['recipe']['method']} on {report['calibration']['tokens']:,} tokens "
+        f"({report['calibration']['source']}) in {tuning['seconds']:.0f} s, peak memory "
+        f"{tuning['peak_rss_bytes'] / 1e9:.2f} GB",
+    ]
+    perplexity = report["perplexity"]
+    if perplexity:
+        lines.append(
+            f"perplexity on {perplexity['tokens']:,} tokens of {perplexity['text']}: float {perplexity['float']:.3f}, "
+            f"rounded {perplexity['rounded']:.3f}, tuned {perplexity['tuned']:.3f} "
+            f"({perplexity['gap_closed']:.0%} of the gap closed)"
+        )
+    return lines
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """report.md."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(report)]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    blocks = "\n".join(
+        f"| {block['index']} | {block['loss_rounded']:.3e} | {block['loss_tuned']:.3e} | {_kept_text(block['kept'])} |"
+        f" {block['seconds']:.1f} |"
+        for block in report["tuning"]["blocks"]
+    )
+    files = "\n".join(
+        f"| {file['path']} | {file['bytes']:,} | `{file['sha256'][:16]}` |"
+        for export in report["exports"].values()
+        for file in export["files"]
+    )
+    return (
+        "# signround report\n\n"
+        + "\n".join(f"- {line}" for line in summary_lines(report))
+        + f"\n\n## Files against the tuned model\n\n{table}\n"
+        + "\n## Blocks\n\nLosses are mean squared errors of the block's output on the held-out samples.\n\n"
+        + f"| block | rounded | tuned | kept | seconds |\n| --- | --- | --- | --- | --- |\n{blocks}\n"
+        + f"\n## Written\n\n| file | bytes | sha256 |\n| --- | --- | --- |\n{files}\n"
+    )
+
+
+def _kept_text(kept: Mapping[str, str]) -> str:
+    others = [f"{name.removesuffix('.weight')}: {choice}" for name, choice in kept.items() if choice != "tuned"]
+    return ", ".join(others) or "all tuned"
+
+
+def web_page(report: Mapping[str, Any]) -> str:
+    """report.html: the same, self-contained, with a bar a block (tuned loss over rounded loss)."""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in summary_lines(report))
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows(report)
+    )
+    bars = "".join(_bar(block) for block in report["tuning"]["blocks"])
+    style = (
+        "body{font:15px/1.5 system-ui;margin:2em auto;max-width:70em;padding:0 1em}"
+        "table{border-collapse:collapse}td,th{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:left}"
+        ".bar{background:#e4e7ee;width:24em;display:inline-block}.bar span{background:#3b6fb6;display:block;height:1em}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>signround report</title><style>{style}</style>'
+        f"<h1>signround report</h1><ul>{items}</ul><h2>Files against the tuned model</h2>"
+        f"<table><tr>{head}</tr>{body}</table><h2>Loss of each block, tuned over rounded</h2>"
+        f"<table>{bars}</table></html>\n"
+    )
+
+
+def _bar(block: Mapping[str, Any]) -> str:
+    ratio = block["loss_tuned"] / block["loss_rounded"] if block["loss_rounded"] else 1.0
+    return (
+        f"<tr><td>block {block['index']}</td>"
+        f'<td><div class="bar"><span style="width:{min(ratio, 1.0):.1%}"></span></div></td><td>{ratio:.2f}</td></tr>'
+    )
+
+
+def write_report(report: Mapping[str, Any], out: Path) -> None:
+    """report.json, report.md and report.html in `out`, each whole or absent; the JSON last: it marks completion."""
+    for name, text in (("report.md", markdown(report)), ("report.html", web_page(report))):
+        with written_whole(out / name) as temporary:
+            temporary.write_text(text)
+    write_json(out / "report.json", report)

@@ -62,9 +62,7 @@ def one(args, scheme, method, calibration, texts, floats, baselines) -> dict[str
         started = time.monotonic()
         artifact = tune(job)
         seconds = time.monotonic() - started
-        tuned = {
-            name: score(tuned_model(artifact, args.device), windows).perplexity for name, windows in texts.items()
-        }
+        tuned = {name: score(tuned_model(artifact, args.device), windows).perplexity for name, windows in texts.items()}
     if not floats:
         floats |= {name: score(float_model(job.checkpoint, args.device), w).perplexity for name, w in texts.items()}
         print("float", floats, flush=True)

@@ -254,9 +254,7 @@ def test_broken_folders_end_in_one_sentence(
         open_genai(folder)
 
 
-def test_the_configuration_of_the_cache_is_capped(
-    exported: Callable[..., tuple[QuantizedCheckpoint, Path]]
-) -> None:
+def test_the_configuration_of_the_cache_is_capped(exported: Callable[..., tuple[QuantizedCheckpoint, Path]]) -> None:
     _, folder = exported("llama", "w4g32", max_position_embeddings=20_000)
     config = json.loads((folder / "genai_config.json").read_text())
     assert config["search"]["max_length"] == 4096

@@ -7,7 +7,7 @@ ones are cut and short ones packed, and none is dropped; the windows are drawn f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from signround.architecture import EMBEDDING
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import refuse
 from signround.events import Listener, StageAdvanced
 from signround.files import sha256_of, written_whole
+from signround.load import whole_model
 from signround.plan import CalibrationSpec
 from signround.recipes import TuningSettings
 
@@ -103,7 +105,9 @@ def file_pieces(path: Path) -> Iterator[str]:
             while lines := stream.readlines(PIECE_CHARACTERS):
                 yield "".join(lines)
     except UnicodeDecodeError as error:
-        raise refuse(f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it to UTF-8", str(path)) from error
+        raise refuse(
+            f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it to UTF-8", str(path)
+        ) from error
 
 
 def hub_pieces(name: str, column: str = "text") -> Iterator[str]:
@@ -173,19 +177,25 @@ def leading_bos(tokenizer: Any) -> int | None:
 
 
 def self_written(
-    checkpoint: SourceCheckpoint, tokenizer: Any, settings: TuningSettings, on_event: Listener
+    checkpoint: SourceCheckpoint,
+    skipped: Collection[str],
+    tokenizer: Any,
+    settings: TuningSettings,
+    on_event: Listener,
 ) -> CalibrationTokens:
     """Text sampled from the model's own distribution (temperature 1, no truncation), window by window.
 
     Each window begins with the token that begins a text (bos, else eos as document separator); an end of text inside
     a window simply starts the next document. Seeded; the whole model is in memory while it writes, in its own dtype.
+    `skipped` names tensors of the checkpoint that are not part of the model.
     """
     count = settings.samples + EVALUATION_WINDOWS
-    first = next(
-        (token for token in (leading_bos(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None),
-        0,
-    )
-    model = _whole_model(checkpoint, settings.device)
+    beginnings = (leading_bos(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    first = next((token for token in beginnings if token is not None), 0)
+    names = [name for name in checkpoint.tensors if name not in skipped]
+    dtype = checkpoint.tensors[EMBEDDING].dtype
+    model = whole_model(checkpoint.folder, names, lambda name: checkpoint.read(name).to(dtype), dtype)
+    model = model.to(settings.device)
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
     windows = torch.full((count, settings.seqlen), first, dtype=torch.int64)
     batch = _batch_size(checkpoint.config, settings.seqlen)
@@ -211,16 +221,6 @@ def _write(model: Any, windows: Tensor, generator: torch.Generator) -> Iterator[
             probabilities = output.logits[:, -1].float().softmax(-1)
             column = torch.multinomial(probabilities, 1, generator=generator)
             yield column[:, 0]
-
-
-def _whole_model(checkpoint: SourceCheckpoint, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return (
-        AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto", local_files_only=True, use_safetensors=True)
-        .to(device)
-        .eval()
-    )
 
 
 def _batch_size(config: Mapping[str, Any], seqlen: int) -> int:

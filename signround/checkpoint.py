@@ -190,6 +190,4 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
                 for name, dtype in unknown.items()
             ]
         )
-    return {
-        name: TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, entry in header.items()
-    }
+    return {name: TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, entry in header.items()}

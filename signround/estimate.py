@@ -27,7 +27,12 @@ def describe(job: Job) -> dict[str, Any]:
         "tuning": plan.tuning.to_json(),
         "calibration": {"source": job.calibration, "tokens": plan.tuning.samples * plan.tuning.seqlen},
         "quantized": [
-            {"name": layer.name, "shape": [layer.rows, layer.columns], "grid": layer.grid.to_json(), "reason": layer.reason}
+            {
+                "name": layer.name,
+                "shape": [layer.rows, layer.columns],
+                "grid": layer.grid.to_json(),
+                "reason": layer.reason,
+            }
             for layer in plan.layers()
         ],
         "kept": [
@@ -103,9 +108,9 @@ def describe_lines(description: Mapping[str, Any]) -> list[str]:
         *(f"  {count} linears quantised: {reason}" for reason, count in reasons.items()),
         *(f"  {count} tensors kept: {reason}" for reason, count in kept.items()),
         *(f"  skipped {name}: {reason}" for name, reason in description["skipped"].items()),
-        f"{tuning['method']} on {tuning['device']} ({tuning['compute']} products): {tuning['iters']} steps a block, batch "
-        f"{tuning['batch_size']}, {tuning['samples']} samples of {tuning['seqlen']} tokens, {tuning['held_out']} held out, "
-        f"from {description['calibration']['source']}",
+        f"{tuning['method']} on {tuning['device']} ({tuning['compute']} products): {tuning['iters']} steps a block, "
+        f"batch {tuning['batch_size']}, {tuning['samples']} samples of {tuning['seqlen']} tokens, "
+        f"{tuning['held_out']} held out, from {description['calibration']['source']}",
         "sizes: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in description["bytes"].items()),
         "peak memory: "
         + ", ".join(f"{stage} {size / 1e9:.1f} GB" for stage, size in description["memory_bytes"].items()),

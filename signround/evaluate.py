@@ -54,8 +54,12 @@ class Evaluation:
 
     def lines(self) -> list[str]:
         """For a person."""
-        part = "" if self.tokens_in_text - self.tokens < self.context + self.tokens // self.context + 1 else (
-            f" (a part: {self.tokens:,} of {self.tokens_in_text:,} tokens, this runtime is asked once a position)"
+        part = (
+            ""
+            if self.tokens_in_text - self.tokens < self.context + self.tokens // self.context + 1
+            else (
+                f" (a part: {self.tokens:,} of {self.tokens_in_text:,} tokens, this runtime is asked once a position)"
+            )
         )
         lines = [
             f"{self.runtime}",
@@ -89,8 +93,8 @@ def evaluate_target(
             if part.numel() < windows.numel():
                 on_event(
                     Notice(
-                        f"{runtime.name} is asked once a position: {part.numel():,} of {windows.numel():,} positions are "
-                        "evaluated; `pip install signround[llama-cpp-python]` runs whole texts"
+                        f"{runtime.name} is asked once a position: {part.numel():,} of {windows.numel():,} "
+                        "positions are evaluated; `pip install signround[llama-cpp-python]` runs whole texts"
                     )
                 )
         other = open_target(reference, device) if reference is not None else None
@@ -221,7 +225,7 @@ def _log_likelihood(log_probabilities: Tensor, tokens: Tensor) -> float:
 
 
 def spread(windows: Tensor, positions: int) -> Tensor:
-    """At most `positions` positions of `windows`, as evenly spread whole windows, the last resort being shorter ones."""
+    """About `positions` positions of `windows`: evenly spread whole windows, or one shorter one."""
     count, tokens = windows.shape
     if positions >= count * tokens:
         return windows

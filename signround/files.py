@@ -31,8 +31,7 @@ def disk_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FailedError(
-                f"{target}: the disk is full; free some space and run the same command again, "
-                "finished blocks are kept."
+                f"{target}: the disk is full; free some space and run the same command again, finished blocks are kept."
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise FailedError(f"{target}: cannot be written ({error.strerror}); choose another -o folder.") from error

@@ -1,4 +1,4 @@
-"""What is inside an artifact or an exported file: grids, sizes, how often each code occurs. And the table of schemes."""
+"""What is inside an artifact or an exported file: grids, sizes, how often each code occurs; and the scheme table."""
 
 from __future__ import annotations
 
@@ -73,16 +73,19 @@ def _grids(tensors: Iterator[tuple[str, QuantizedTensor]]) -> list[dict[str, Any
 def inspection_lines(found: Mapping[str, Any]) -> list[str]:
     """For a person: the histogram as bars."""
     lines = [f"{found['path']}: {found['kind']}, {found['bytes'] / 1e6:.1f} MB"]
-    lines += [f"{key}: {found[key]}" for key in ("scheme", "fingerprint", "complete", "blocks", "parameters") if key in found]
+    lines += [
+        f"{key}: {found[key]}" for key in ("scheme", "fingerprint", "complete", "blocks", "parameters") if key in found
+    ]
     for entry in found.get("grids", ()):
         grid = entry["grid"]
-        group = grid["group"] or "whole rows"
-        lines.append(
-            f"{entry['linears']} linears, {entry['weights']:,} weights: {grid['bits']} bits, group {group}, {grid['zero']}"
-        )
+        kind = f"{grid['bits']} bits, group {grid['group'] or 'whole rows'}, {grid['zero']}"
+        lines.append(f"{entry['linears']} linears, {entry['weights']:,} weights: {kind}")
         top = max(entry["histogram"])
         shown = entry["histogram"] if len(entry["histogram"]) <= 16 else []
-        lines += [f"  {code:3d} {count / entry['weights']:6.2%} {'#' * (40 * count // top)}" for code, count in enumerate(shown)]
+        lines += [
+            f"  {code:3d} {count / entry['weights']:6.2%} {'#' * (40 * count // top)}"
+            for code, count in enumerate(shown)
+        ]
     return lines
 
 

@@ -1,32 +1,41 @@
-"""An artifact as an ordinary transformers model, with the decoded weights in place of the quantised ones."""
+"""Whole models in memory, for use and study: the library itself streams block by block (`signround.blocks`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from signround.architecture import EMBEDDING, HEAD
 from signround.artifact import QuantizedCheckpoint
 
 
 def load(artifact: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A `PreTrainedModel` in eval mode whose linears hold exactly the tuned weights (exact in float32).
+    """The tuned model of an artifact as a transformers `PreTrainedModel` in eval mode; its linears hold exactly the
+    decoded weights (exact in float32).
 
-    The whole model is in memory: this is for use and study; the library itself streams (`signround.blocks`).
     Raises RefusedError when `artifact` is not a finished artifact.
     """
+    checkpoint = QuantizedCheckpoint(artifact)
+    names = [*checkpoint.layers, *checkpoint.kept]
+    return whole_model(checkpoint.folder / "model", names, lambda name: checkpoint.weight(name).to(dtype), dtype)
+
+
+def whole_model(folder: Path, names: Iterable[str], read: Callable[[str], Tensor], dtype: torch.dtype) -> Any:
+    """The model described by `folder`/config.json, filled with `read(name)` of every name; tied heads follow the
+    embedding."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    checkpoint = QuantizedCheckpoint(artifact)
-    config = AutoConfig.from_pretrained(checkpoint.folder / "model", local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    weights = {name: checkpoint.weight(name).to(dtype) for name in [*checkpoint.layers, *checkpoint.kept]}
-    if checkpoint.plan.architecture.tied:
+    weights = {name: read(name) for name in names}
+    if config.tie_word_embeddings:
         weights[HEAD] = weights[EMBEDDING]
     model.load_state_dict(weights, assign=True, strict=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its table was on the meta device too
     return model.eval()

@@ -6,7 +6,7 @@ Gates, and why they are what they are (docs/formats.md has the measurements):
   order of sums, measured 6e-7 to 1.4e-6.
 - onnxruntime as shipped (level 4, int8 activations): mean KL 5e-4. Measured 2e-5 on trained models.
 - llama.cpp (8-bit activations always): mean KL 1e-3, top-1 97.5 %. Measured 3e-4 and 98.7 % for Q8_0.
-- GPTQ with exact products: relative error 1e-5; as shipped the kernel rounds weights to fp16: 2e-3, measured 6e-4.
+- GPTQ with exact products: relative error 1e-5, 2e-4 where float32 biases become fp16; as shipped the kernel rounds weights to fp16: 2e-3, measured 6e-4.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ class Gate:
         )
 
 
+HALF_BIASES = Gate(relative_error=2e-4)
+
+
 @dataclass(frozen=True)
 class LogitParity:
     """One run of the file in a runtime over `tokens` positions; `tuned_perplexity` is the tuned model's on the same."""
@@ -110,7 +113,8 @@ def verify(
     """Judge written files against the artifact. `windows` int64 [count, tokens] feed the runtimes."""
     weights = compare_weights(artifact, exporter, exported, on_event)
     runs: dict[str, LogitParity] = {}
-    for label, opened, gate in _RUNS.get(exported.format, ()):
+    for label, opened, usual in _RUNS.get(exported.format, ()):
+        gate = HALF_BIASES if label == "exact" and _loses_biases(artifact, exported) else usual
         try:
             with opened(exported.target) as runtime:
                 runs[label] = compare_logits(artifact, runtime, gate, windows)
@@ -119,6 +123,12 @@ def verify(
     if exported.format not in _RUNS:
         on_event(Notice(f"{exported.format}: no runtime is known for this format, only its weights were compared"))
     return Parity(weights, runs.get("shipped"), runs.get("exact"))
+
+
+def _loses_biases(artifact: QuantizedCheckpoint, exported: ExportedModel) -> bool:
+    """GPTQ loaders keep biases in fp16 even where the file holds float32: measured 8e-5 of the logits' norm."""
+    float_biases = any(kept.name.endswith(".bias") and kept.dtype == "float32" for kept in artifact.plan.kept())
+    return exported.format == "gptq" and float_biases
 
 
 def compare_weights(
@@ -176,9 +186,7 @@ def compare_logits(artifact: QuantizedCheckpoint, runtime: Runtime, gate: Gate, 
     part = spread(windows, positions)
     measured = score(runtime, part, tuned_model(artifact))
     assert measured.reference_perplexity is not None
-    return LogitParity(
-        runtime.name, part.numel(), measured, measured.reference_perplexity, gate, gate.passes(measured)
-    )
+    return LogitParity(runtime.name, part.numel(), measured, measured.reference_perplexity, gate, gate.passes(measured))
 
 
 @contextmanager
@@ -205,7 +213,10 @@ def _gptq_exact(folder: Path) -> Iterator[Runtime]:
     try:
         runtime: Runtime = open_gptq(folder, exact_products=True)
     except RefusedError:
-        with tempfile.TemporaryDirectory() as workdir, _closing(open_gptq_through_builder(folder, Path(workdir))) as built:
+        with (
+            tempfile.TemporaryDirectory() as workdir,
+            _closing(open_gptq_through_builder(folder, Path(workdir))) as built,
+        ):
             yield built
         return
     with _closing(runtime):

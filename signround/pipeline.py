@@ -120,7 +120,7 @@ def calibration_tokens(job: Job, folder: Path, on_event: Listener = silent) -> C
     tokenizer = load_tokenizer(job.checkpoint.folder)
     settings = job.plan.tuning
     if job.plan.calibration.source == "self":
-        tokens = self_written(job.checkpoint, tokenizer, settings, on_event)
+        tokens = self_written(job.checkpoint, job.plan.skipped, tokenizer, settings, on_event)
     else:
         needed = (settings.samples + EVALUATION_WINDOWS) * settings.seqlen
         stream = stream_tokens(job.plan.calibration, job.calibration, tokenizer, needed)
@@ -262,9 +262,9 @@ def _exported(
         assert parity.logits is not None
         on_event(
             Notice(
-                f"{exporter.name}: the file is exact, but {parity.logits.runtime} rounds activations too coarsely for this "
-                f"model (mean KL {parity.logits.score.mean_kl:.1e}, the gate is {parity.logits.gate.mean_kl:.0e}); "
-                f"writing it again as {gentler}"
+                f"{exporter.name}: the file is exact, but {parity.logits.runtime} rounds activations too coarsely "
+                f"for this model (mean KL {parity.logits.score.mean_kl:.1e}, the gate is "
+                f"{parity.logits.gate.mean_kl:.0e}); writing it again as {gentler}"
             )
         )
         return _exported(job, gentler, artifact, windows, on_event)
@@ -278,7 +278,9 @@ def verify(
     path, checkpoint = Path(target), QuantizedCheckpoint(artifact)
     kind = format or kind_of(path)
     if kind in ("artifact", "checkpoint"):
-        raise refuse(f"this is a {kind}, not an exported file", "give a .gguf file, an ONNX or a GPTQ folder", str(path))
+        raise refuse(
+            f"this is a {kind}, not an exported file", "give a .gguf file, an ONNX or a GPTQ folder", str(path)
+        )
     exporter = make_exporters([kind])[0]
     tokens = read_tokens(checkpoint.folder / TOKENS)
     return verify_files(checkpoint, exporter, exporter.opened(path), tokens.evaluation, on_event)

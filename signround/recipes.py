@@ -131,9 +131,7 @@ def _checked(settings: TuningSettings, seqlen: int | None, batch_size: int | Non
         if value < minimum:
             raise refuse(f"{value} is too small; allowed is {minimum} or more", "choose a larger number", flag)
     if seqlen is not None and seqlen > context:
-        raise refuse(
-            f"{seqlen} tokens exceed the model's context of {context}", f"use at most {context}", "--seqlen"
-        )
+        raise refuse(f"{seqlen} tokens exceed the model's context of {context}", f"use at most {context}", "--seqlen")
     held_out = min(settings.held_out, settings.samples // 4 or 1) if settings.held_out else 0
     rate = 2.5e-3 if settings.method == "signround-400" else 1.0 / max(settings.iters, 1)
     training = settings.samples - held_out

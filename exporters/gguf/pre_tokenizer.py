@@ -52,9 +52,7 @@ class Rule:
 @cache
 def rules() -> tuple[Rule, ...]:
     """The table, most common names first."""
-    return tuple(
-        Rule(tuple(row["names"]), tuple(row["regexes"]), row["ignore_merges"]) for row in _table()["rules"]
-    )
+    return tuple(Rule(tuple(row["names"]), tuple(row["regexes"]), row["ignore_merges"]) for row in _table()["rules"])
 
 
 @cache
@@ -65,9 +63,7 @@ def known_names() -> tuple[str, ...]:
 
 @cache
 def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(
-        (files("exporters.gguf") / "pre_tokenizers.json").read_text(encoding="utf-8")
-    )
+    table: dict[str, Any] = json.loads((files("exporters.gguf") / "pre_tokenizers.json").read_text(encoding="utf-8"))
     return table
 
 

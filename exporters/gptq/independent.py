@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from signround.errors import FailedError
+from signround.errors import refuse
 from signround.exporting import ExportedModel
 from signround.runtimes.gptq import BUILDER_BITS, BUILDER_LOADERS, LOADERS, start_builder_child, start_gptq_child
 from signround.runtimes.gptq_child import Child
@@ -26,14 +26,15 @@ WEIGHT = ".weight"
 
 
 def decoded_by_other_reader(exported: ExportedModel, gptq: GptqFormat) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, float32). Raises FailedError that names the extra to install when no reader is there."""
+    """(checkpoint name, float32). Raises RefusedError that names the extra to install when no reader is there."""
     if all(find_spec(name) for name in LOADERS):
         return decoded_by_gptqmodel(exported, gptq)
     if all(find_spec(name) for name in BUILDER_LOADERS) and gptq.bits in BUILDER_BITS and gptq.checkpoint_format == V1:
         return decoded_by_builder(exported)
-    raise FailedError(
-        f"gptq: no independent reader of {gptq.bits}-bit {gptq.checkpoint_format} files is installed; "
-        "install one with `pip install signround[gptq]`."
+    raise refuse(
+        f"no independent reader of {gptq.bits}-bit {gptq.checkpoint_format} files is installed",
+        "install one with `pip install signround[gptq]`",
+        "gptq",
     )
 
 

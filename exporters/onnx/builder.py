@@ -52,9 +52,7 @@ class GraphBuilder:
             self.constants[name].const_value = tensor
         return self.constants[name]
 
-    def lazy(
-        self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], NDArray[Any]]
-    ) -> ir.Value:
+    def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], NDArray[Any]]) -> ir.Value:
         """A constant whose array is asked for only while the file is written, and forgotten afterwards."""
         import onnx_ir as ir
 

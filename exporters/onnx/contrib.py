@@ -85,9 +85,7 @@ class ContribFlavour:
             "local_window_size": -1 if window is None else window,
         }
         inputs = [*projections, *past, *self._sequence_lengths(mask), self._table("cos"), self._table("sin")]
-        return self._builder.op(
-            "GroupQueryAttention", name, inputs, domain=MICROSOFT, outputs=3, attributes=attributes
-        )
+        return self._builder.op("GroupQueryAttention", name, inputs, domain=MICROSOFT, outputs=3, attributes=attributes)
 
     def _table(self, part: str) -> ir.Value:
         import onnx_ir as ir
@@ -96,9 +94,7 @@ class ContribFlavour:
         if name in self._builder.constants:
             return self._builder.constants[name]
         shape = (positions_of(self._architecture), self._architecture.head_dim // 2)
-        return self._builder.lazy(
-            name, ir.DataType.FLOAT, shape, lambda: rotary_table(self._architecture, part)
-        )
+        return self._builder.lazy(name, ir.DataType.FLOAT, shape, lambda: rotary_table(self._architecture, part))
 
     def _sequence_lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
         """int32 [batch] tokens in the cache minus one, and int32 scalar longest: both from the attention mask."""

@@ -96,9 +96,7 @@ class LinearWriter:
         linear = FusedLinear(tuple(layers))
         layout = linear.layout
         lazy = self._builder.lazy
-        scales = lazy(
-            f"{name}.scales", ir.DataType.FLOAT, layout.scales_shape, lambda: self._packed(linear).scales
-        )
+        scales = lazy(f"{name}.scales", ir.DataType.FLOAT, layout.scales_shape, lambda: self._packed(linear).scales)
         codes = lazy(f"{name}.codes", ir.DataType.UINT8, layout.codes_shape, lambda: self._packed(linear).codes)
         inputs: list[ir.Value | None] = [value, codes, scales]
         if layout.has_zero_points:

@@ -155,8 +155,6 @@ def _identity_product(constant_inputs: list[NDArray[Any]], attributes: dict[str,
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (product,) = session.run(None, {"value": np.eye(columns, dtype=np.float32)})
     return torch.from_numpy(product).T

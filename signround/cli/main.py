@@ -251,7 +251,7 @@ def _quiet_libraries() -> None:
     import logging
 
     warnings.filterwarnings("ignore")
-    for name in ("torchao", "transformers", "torch"):
+    for name in ("torchao", "transformers", "torch", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -55,9 +55,7 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
     options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
     try:
         # The graph goes in as bytes, its tensors stay in the folder (memory-mapped): no second file, no copy.
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except _ort_errors() as error:
         raise FailedError(f"{folder}: onnxruntime cannot load the model ({_first_line(error)}).") from error
     written = "/".join(map(str, levels)) or "none"

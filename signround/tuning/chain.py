@@ -126,9 +126,7 @@ class TuningChain:
 
         return tune_block(problem, layers, self.settings, self.descent, on_step)
 
-    def _advance(
-        self, block: nn.Module, tensors: Mapping[str, QuantizedTensor], hidden: Tensor, index: int
-    ) -> None:
+    def _advance(self, block: nn.Module, tensors: Mapping[str, QuantizedTensor], hidden: Tensor, index: int) -> None:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 block.get_parameter(name).copy_(tensor.decode())
@@ -137,9 +135,7 @@ class TuningChain:
     def _commit(self, plan: BlockPlan, outcome: BlockOutcome, seconds: float) -> None:
         prefix = BLOCK.format(plan.index)
         rss, device = peak_memory()
-        record = BlockRecord(
-            plan.index, seconds, outcome.loss_rounded, outcome.loss_tuned, outcome.kept, rss, device
-        )
+        record = BlockRecord(plan.index, seconds, outcome.loss_rounded, outcome.loss_tuned, outcome.kept, rss, device)
         quantized = {prefix + name: tensor for name, tensor in outcome.tensors.items()}
         kept = {kept.name: self.checkpoint.read(kept.name) for kept in plan.kept}
         self.writer.commit_block(plan.index, quantized, kept, record)
@@ -171,4 +167,3 @@ class TuningChain:
                 resumed,
             )
         )
-

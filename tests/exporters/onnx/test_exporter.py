@@ -151,9 +151,7 @@ def test_down_projections_can_stay_exact(artifact_of: Maker, tmp_path: Path) -> 
     assert "at accuracy_level 0" in " ".join(exporter.notes(artifact_of("mistral", "q8_0").plan))
 
 
-def test_one_weight_is_resident_at_a_time(
-    artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_weight_is_resident_at_a_time(artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = artifact_of("llama", layers=4)
     alive: list[weakref.ref[QuantizedTensor]] = []
     read = QuantizedCheckpoint.quantized
@@ -172,9 +170,7 @@ def test_one_weight_is_resident_at_a_time(
     assert peak <= 2
 
 
-def test_failing_export_leaves_nothing(
-    artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_export_leaves_nothing(artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = artifact_of()
     seen = 0
 
@@ -309,9 +305,7 @@ def _point_outside(model: Any, folder: Path) -> None:
         (_point_outside, "outside the folder"),
     ],
 )
-def test_checker_catches(
-    artifact_of: Maker, tmp_path: Path, mutate: Callable[[Any, Path], None], found: str
-) -> None:
+def test_checker_catches(artifact_of: Maker, tmp_path: Path, mutate: Callable[[Any, Path], None], found: str) -> None:
     exported = OnnxExporter().export(artifact_of("llama", "w2g64-asym"), tmp_path / "onnx", silent)
     model = load_graph(exported.target)
     assert problems_of(model, exported.target) == []

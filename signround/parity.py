@@ -6,7 +6,8 @@ Gates, and why they are what they are (docs/formats.md has the measurements):
   order of sums, measured 6e-7 to 1.4e-6.
 - onnxruntime as shipped (level 4, int8 activations): mean KL 5e-4. Measured 2e-5 on trained models.
 - llama.cpp (8-bit activations always): mean KL 1e-3, top-1 97.5 %. Measured 3e-4 and 98.7 % for Q8_0.
-- GPTQ with exact products: relative error 1e-5, 2e-4 where float32 biases become fp16; as shipped the kernel rounds weights to fp16: 2e-3, measured 6e-4.
+- GPTQ with exact products: relative error 1e-5 (2e-4 where the loader turns float32 biases into fp16); as shipped the
+  kernel rounds weights to fp16: 2e-3, measured 6e-4.
 """
 
 from __future__ import annotations

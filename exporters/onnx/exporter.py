@@ -52,8 +52,8 @@ CARRIED = ("config.json", *TOKENIZER_FILES)
 class OnnxExporter:
     """`accuracy_level` is the precision of activations in MatMulNBits: 4 computes with int8 (fast), 0 with float32.
     `exact_down_proj` keeps down projections, where the outliers are, at 0: about half the difference to float32, for
-    a token that takes some 1.2 times as long at 3 and 4 bits (at 2 and 8 bits there is no fast kernel). With `fallback`, the
-    pipeline writes a model that misses its gate at level 4 again, first so, then at level 0 throughout."""
+    a token that takes some 1.2 times as long at 3 and 4 bits (at 2 and 8 bits there is no fast kernel). With
+    `fallback`, the pipeline writes a model that misses its gate at level 4 again, first so, then at level 0."""
 
     accuracy_level: int = 4
     exact_down_proj: bool = False

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from signround.architecture import EMBEDDING
 from signround.checkpoint import SourceCheckpoint
-from signround.errors import refuse
+from signround.errors import FailedError, refuse
 from signround.events import Listener, StageAdvanced
-from signround.files import sha256_of, written_whole
+from signround.files import save_tensors, sha256_of, written_whole
 from signround.load import whole_model
 from signround.plan import CalibrationSpec
 from signround.recipes import TuningSettings
@@ -44,20 +44,41 @@ class CalibrationTokens:
 
 def write_tokens(path: Path, tokens: CalibrationTokens) -> None:
     """Keep the windows, so that a resumed run has them without reading or writing text again."""
-    from safetensors.torch import save_file
-
+    parts = {"tuning": tokens.tuning, "evaluation": tokens.evaluation}
+    notes = {"sha256": _digest(tokens), "reused": str(tokens.reused)}
     with written_whole(path) as temporary:
-        save_file(
-            {"tuning": tokens.tuning, "evaluation": tokens.evaluation, "reused": torch.tensor(tokens.reused)}, temporary
+        save_tensors(temporary, parts, notes)
+
+
+def _digest(tokens: CalibrationTokens) -> str:
+    return hashlib.sha256(tokens.tuning.numpy().tobytes() + tokens.evaluation.numpy().tobytes()).hexdigest()
+
+
+def read_tokens(path: Path) -> CalibrationTokens | None:
+    """Inverse of `write_tokens`; None when the file is missing or damaged: the same tokens can be made again."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+            parts = {name: file.get_tensor(name).clone() for name in ("tuning", "evaluation")}
+    except (OSError, SafetensorError):
+        return None
+    tokens = CalibrationTokens(**parts, reused=notes.get("reused") == "True")
+    return tokens if _digest(tokens) == notes.get("sha256") else None
+
+
+def kept_tokens(path: Path) -> CalibrationTokens:
+    """`read_tokens` where the file must be there. Raises FailedError."""
+    tokens = read_tokens(path)
+    if tokens is None:
+        raise FailedError(
+            f"{path}: the calibration tokens are missing or damaged; "
+            "run the `signround quantize` command that made the artifact again, it repairs them."
         )
-
-
-def read_tokens(path: Path) -> CalibrationTokens:
-    """Inverse of `write_tokens`."""
-    from safetensors.torch import load_file
-
-    parts = load_file(path)
-    return CalibrationTokens(parts["tuning"], parts["evaluation"], bool(parts["reused"]))
+    return tokens
 
 
 def read_spec(text: str) -> CalibrationSpec:

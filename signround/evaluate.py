@@ -18,6 +18,7 @@ from torch import Tensor
 from signround.calibration import file_pieces, load_tokenizer, text_tokens
 from signround.errors import refuse
 from signround.events import Listener, Notice, silent
+from signround.recipes import checked_device
 from signround.runtimes.protocol import Runtime
 from signround.runtimes.targets import kind_of, open_target
 
@@ -84,6 +85,8 @@ def evaluate_target(
 
     A .gguf file has no tokenizer that transformers reads: its text is tokenised by llama.cpp.
     """
+    _existing(text)
+    _check_device(target, device)
     runtime = open_target(target, device)
     try:
         windows = target_windows(target, runtime, text, context)
@@ -113,6 +116,18 @@ def evaluate_target(
         measured.perplexity, measured.tokens, measured.mean_kl, measured.top1_agreement, runtime.name, text.name,
         windows.numel(), context, str(reference) if reference is not None else None,
     )  # fmt: skip
+
+
+def _check_device(target: Path, device: str) -> None:
+    """Refuse a device that is unknown or absent, and one that does not apply to the runtime."""
+    checked_device(device)
+    kind = kind_of(target)
+    if device != "cpu" and kind not in ("artifact", "checkpoint"):
+        raise refuse(
+            f"{device} does not apply to {kind} files, their runtime computes on the processor",
+            "leave --device out",
+            "--device",
+        )
 
 
 def target_windows(target: Path, runtime: Runtime, text: Path, context: int) -> Tensor:

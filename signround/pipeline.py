@@ -17,6 +17,7 @@ from signround.artifact import TOKENS, ArtifactWriter, QuantizedCheckpoint, arti
 from signround.calibration import (
     EVALUATION_WINDOWS,
     CalibrationTokens,
+    kept_tokens,
     leading_bos,
     load_tokenizer,
     read_spec,
@@ -37,7 +38,7 @@ from signround.parity import Parity
 from signround.parity import verify as verify_files
 from signround.plan import ModelPlan, make_plan
 from signround.recipes import fit_to_memory, settings_for
-from signround.report import ExportResult, Perplexities, build_report, write_report
+from signround.report import REPORT_FILES, ExportResult, Perplexities, build_report, write_report
 from signround.runtimes.targets import kind_of
 from signround.runtimes.torch_blocks import float_model, rounded_model, tuned_model
 from signround.tuning.chain import TuningChain
@@ -54,6 +55,7 @@ class Job:
     exporters: Sequence[Exporter]
     calibration: str
     out: Path
+    tokens: CalibrationTokens | None = None  # of a calibration file: a text that is too short is refused at plan time
 
 
 def prepare(
@@ -85,22 +87,36 @@ def prepare(
     floor = max((exporter.zero_floor for exporter in exporters), default=0)
     plan = make_plan(checkpoint, scheme, tuning, read_spec(calibration), floor)
     refusals = [refusal for exporter in exporters for refusal in exporter.refusals(plan)]
-    refusals += _output_refusals(Path(out), plan, exporters)
+    refusals += _output_refusals(Path(out), plan, () if refusals else exporters)
     refusals += _self_writing_refusals(checkpoint, calibration)
     refusals += checkpoint.non_finite()
-    load_tokenizer(checkpoint.folder)
+    tokens = None
+    try:
+        tokenizer = load_tokenizer(checkpoint.folder)
+        if plan.calibration.source == "file":
+            tokens = _read_windows(plan, calibration, tokenizer)
+    except RefusedError as error:
+        refusals += error.refusals
     if refusals:
-        raise RefusedError(refusals)
-    return Job(checkpoint, plan, exporters, calibration, Path(out))
+        raise RefusedError(list(dict.fromkeys(refusals)))
+    return Job(checkpoint, plan, exporters, calibration, Path(out), tokens)
 
 
 def tune(job: Job, on_event: Listener = silent) -> QuantizedCheckpoint:
     """Calibrate and tune, or continue where an earlier run of the same job stopped."""
-    writer = ArtifactWriter(job.out / "artifact", job.plan, job.checkpoint.files)
+    folder = job.out / "artifact"
+    cached = read_tokens(folder / TOKENS)
+    given = cached or job.tokens
+    if given is None and job.plan.calibration.source != "self":  # before the folder is begun: it may be refused
+        on_event(StageStarted("calibrate", job.calibration))
+        given = _read_windows(job.plan, job.calibration, load_tokenizer(job.checkpoint.folder))
+    writer = ArtifactWriter(folder, job.plan, job.checkpoint.files)
     try:
-        tokens = calibration_tokens(job, writer.folder, on_event)
+        tokens = given or _self_written(job, on_event)
         source = job.calibration if job.plan.calibration.source != "file" else Path(job.calibration).name
         writer.set_calibration({"source": source, "tokens": tokens.tuning.numel(), "sha256": tokens.sha256})
+        if cached is None:
+            write_tokens(folder / TOKENS, tokens)
         on_event(StageStarted("tune", f"{job.plan.tuning.method}, {job.plan.scheme}", len(job.plan.blocks)))
         reset_peak_memory()
         for kept in job.plan.outer:
@@ -111,22 +127,17 @@ def tune(job: Job, on_event: Listener = silent) -> QuantizedCheckpoint:
         writer.close()
 
 
-def calibration_tokens(job: Job, folder: Path, on_event: Listener = silent) -> CalibrationTokens:
-    """The windows of this job, from the artifact when an earlier run put them there."""
-    cached = folder / TOKENS
-    if cached.is_file():
-        return read_tokens(cached)
+def _read_windows(plan: ModelPlan, source: str, tokenizer: Any) -> CalibrationTokens:
+    """Calibration windows of a file or a hub data set. Raises RefusedError when the text is too short."""
+    needed = (plan.tuning.samples + EVALUATION_WINDOWS) * plan.tuning.seqlen
+    stream = stream_tokens(plan.calibration, source, tokenizer, needed)
+    return windows_of(stream, plan.tuning, leading_bos(tokenizer), source)
+
+
+def _self_written(job: Job, on_event: Listener) -> CalibrationTokens:
     on_event(StageStarted("calibrate", job.calibration))
     tokenizer = load_tokenizer(job.checkpoint.folder)
-    settings = job.plan.tuning
-    if job.plan.calibration.source == "self":
-        tokens = self_written(job.checkpoint, job.plan.skipped, tokenizer, settings, on_event)
-    else:
-        needed = (settings.samples + EVALUATION_WINDOWS) * settings.seqlen
-        stream = stream_tokens(job.plan.calibration, job.calibration, tokenizer, needed)
-        tokens = windows_of(stream, settings, leading_bos(tokenizer), job.calibration)
-    write_tokens(cached, tokens)
-    return tokens
+    return self_written(job.checkpoint, job.plan.skipped, tokenizer, job.plan.tuning, on_event)
 
 
 def export(
@@ -188,7 +199,8 @@ def quantize(
 
 
 def run(job: Job, text: Path | None = None, on_event: Listener = silent) -> dict[str, Any]:
-    """Do a prepared job, or recognise that it is done."""
+    """Do a prepared job, or recognise that it is done. A text that cannot be used is refused before the work."""
+    unseen = _text_windows(job, text) if text is not None else None
     fingerprint = sha256_of_json(
         [job.plan.fingerprint, [repr(exporter) for exporter in job.exporters], sha256_of(text) if text else ""]
     )
@@ -197,7 +209,7 @@ def run(job: Job, text: Path | None = None, on_event: Listener = silent) -> dict
         on_event(Notice("this job is done already, every file is in place; delete the -o folder to start again"))
         return finished
     artifact = tune(job, on_event)
-    windows, name = _evaluation_windows(job, text)
+    windows, name = unseen or _spare_windows(job)
     perplexities = _perplexities(job, artifact, windows, name, on_event)
     exports = [_exported(job, exporter, artifact, windows, on_event) for exporter in job.exporters]
     report = build_report(artifact, fingerprint, str(job.checkpoint.folder), perplexities, exports, job.out)
@@ -207,10 +219,14 @@ def run(job: Job, text: Path | None = None, on_event: Listener = silent) -> dict
 
 def _finished_report(out: Path, fingerprint: str) -> dict[str, Any] | None:
     """The report of an earlier run of this very job, when everything it wrote is still there, unchanged."""
-    path = out / "report.json"
-    if not path.is_file() or not is_artifact(out / "artifact"):
+    if not all((out / name).is_file() for name in REPORT_FILES) or not is_artifact(out / "artifact"):
         return None
-    report: dict[str, Any] = json.loads(path.read_text())
+    try:
+        report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    except ValueError:
+        return None  # damaged: the run writes it again
+    if read_tokens(out / "artifact" / TOKENS) is None:
+        return None
     if report.get("job") != fingerprint or QuantizedCheckpoint(out / "artifact", allow_unfinished=True).damaged():
         return None
     files = [file for export in report["exports"].values() for file in export["files"]]
@@ -218,13 +234,15 @@ def _finished_report(out: Path, fingerprint: str) -> dict[str, Any] | None:
     return report if intact else None
 
 
-def _evaluation_windows(job: Job, text: Path | None) -> tuple[Tensor, str]:
-    """Windows for perplexity and parity, and what to call them: the user's text, or calibration text that no tuning
-    saw."""
-    if text is not None:
-        context = min(job.plan.architecture.context, EVALUATION_CONTEXT)
-        return text_windows(job.checkpoint.folder, text, context), text.name
-    tokens = read_tokens(job.out / "artifact" / TOKENS)
+def _text_windows(job: Job, text: Path) -> tuple[Tensor, str]:
+    """Windows of the user's text for perplexity and parity, and what to call them."""
+    context = min(job.plan.architecture.context, EVALUATION_CONTEXT)
+    return text_windows(job.checkpoint.folder, text, context), text.name
+
+
+def _spare_windows(job: Job) -> tuple[Tensor, str]:
+    """The same from the calibration text: the part that no tuning saw, if there is one."""
+    tokens = kept_tokens(job.out / "artifact" / TOKENS)
     kind = "the held-out part" if tokens.reused else "an unseen part"
     return tokens.evaluation, f"{kind} of the calibration text"
 
@@ -282,7 +300,7 @@ def verify(
             f"this is a {kind}, not an exported file", "give a .gguf file, an ONNX or a GPTQ folder", str(path)
         )
     exporter = make_exporters([kind])[0]
-    tokens = read_tokens(checkpoint.folder / TOKENS)
+    tokens = kept_tokens(checkpoint.folder / TOKENS)
     return verify_files(checkpoint, exporter, exporter.opened(path), tokens.evaluation, on_event)
 
 

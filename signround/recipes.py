@@ -80,7 +80,7 @@ def settings_for(
         raise refuse(f"recipe {recipe!r} is not known; allowed are {', '.join(RECIPES)}", "choose one", "--recipe")
     if method == "rtn" and (iters is not None or batch_size is not None):
         raise refuse("--iters and --batch-size do not apply to --method rtn", "leave them out", "--method")
-    device_name, compute = _device(device)
+    device_name, compute = checked_device(device)
     effort_iters, effort_samples, held_out, effort_seqlen = _EFFORT[recipe, device_name]
     if method == "signround-400":
         effort_iters = 400
@@ -146,7 +146,8 @@ def _checked(settings: TuningSettings, seqlen: int | None, batch_size: int | Non
     return replace(settings, held_out=held_out, learning_rate=rate, batch_size=chosen)
 
 
-def _device(device: str) -> tuple[Device, Literal["bf16", "fp32"]]:
+def checked_device(device: str) -> tuple[Device, Literal["bf16", "fp32"]]:
+    """The device and the dtype of its fast matrix products. Raises RefusedError for an unknown or absent device."""
     import torch
 
     if device == "cuda":

@@ -19,6 +19,7 @@ from signround.files import sha256_of, write_json, written_whole
 from signround.parity import LogitParity, Parity
 
 SCHEMA_VERSION = 1
+REPORT_FILES = ("report.md", "report.html", "report.json")
 PACKAGES = (
     "signround", "torch", "transformers", "gguf", "onnx-ir", "onnxruntime", "onnxruntime-genai", "xllamacpp",
     "llama-cpp-python", "gptqmodel", "optimum",

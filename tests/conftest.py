@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from signround.artifact import QuantizedCheckpoint
@@ -14,6 +15,8 @@ from tests.small_models import write_small_model
 # The same examples on every run and no time limit an example: a slow machine is not a bug.
 settings.register_profile("signround", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("signround")
+# Small tensors: several threads only wait for each other, twenty times slower when the processors are busy.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from signround.errors import SignroundError, refuse
+from signround.errors import RefusedError, SignroundError, refuse
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tune the rounding of a language model once, ship it to llama.cpp, ONNX Runtime and GPTQ, prove each file.",
 )
+
+# Typer raises these for a command line that cannot be parsed, and has no name of its own for their base class.
+_UsageError: Any = typer.BadParameter.__base__
 
 Model = Annotated[Path, typer.Argument(help="A Hugging Face folder: config.json, *.safetensors, tokenizer.")]
 Scheme = Annotated[str, typer.Option(help="The grid, for example w4g32 or w2g64-asym; see `signround schemes`.")]
@@ -230,15 +233,27 @@ def main(arguments: list[str] | None = None) -> None:
 
     _quiet_libraries()
     try:
-        code: Any = app(args=arguments, standalone_mode=False)
+        code: Any = app(args=arguments, prog_name="signround", standalone_mode=False)
     except SignroundError as error:
         print_error(error)
         sys.exit(error.exit_code)
+    except _UsageError as error:
+        print_error(_usage_refusal(error.format_message(), arguments))
+        sys.exit(2)
     except typer.Abort:
         sys.exit(_interrupted())
     except KeyboardInterrupt:
         sys.exit(_interrupted())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_refusal(message: str, arguments: list[str] | None) -> RefusedError:
+    """The parser's complaint ("No such option: --schem.") in the form of ours, with the help page that answers it."""
+    given = sys.argv[1:] if arguments is None else arguments
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    page = f"signround {given[0]}" if given and given[0] in commands else "signround"
+    problem = " ".join(message.split()).rstrip(".") or "a command is needed"
+    return refuse(problem[0].lower() + problem[1:], f"see `{page} --help`")
 
 
 def _interrupted() -> int:

@@ -70,5 +70,8 @@ def gguf_file(path: Path) -> Path:
 
 
 def _is_gptq(config: Path) -> bool:
-    settings = json.loads(config.read_text()).get("quantization_config") or {}
-    return settings.get("quant_method") == "gptq"
+    try:
+        settings = json.loads(config.read_text())["quantization_config"]["quant_method"]
+    except (ValueError, KeyError, TypeError):
+        return False  # SourceCheckpoint names what is wrong with it
+    return bool(settings == "gptq")

@@ -25,7 +25,7 @@ from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, RefusedError
 from signround.events import silent
 from signround.exporting import ExportedModel
-from signround.load import load
+from signround.loading import load
 from signround.runtimes import gptq as runtimes
 from signround.runtimes.gptq_child import Child
 from signround.runtimes.protocol import Runtime

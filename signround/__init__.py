@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from signround.load import load
+    from signround.loading import load
     from signround.pipeline import export, quantize, verify
 
 __all__ = ["export", "load", "quantize", "verify"]
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from signround.load import load
+        from signround.loading import load
 
         return load
     if name in __all__:

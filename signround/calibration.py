@@ -20,7 +20,7 @@ from signround.checkpoint import SourceCheckpoint
 from signround.errors import FailedError, refuse
 from signround.events import Listener, StageAdvanced
 from signround.files import save_tensors, sha256_of, written_whole
-from signround.load import whole_model
+from signround.loading import whole_model
 from signround.plan import CalibrationSpec
 from signround.recipes import TuningSettings
 

@@ -1,7 +1,9 @@
 """What a plan means for GPTQ loaders, said before any work: refusals (no loader takes it) and notes (some do not).
 
-The matrix of loaders and cases was run on a CPU with transformers 5.23 + optimum 2.3 + gptqmodel 7.6, auto-round 0.16,
-vLLM 0.32, the onnxruntime-genai 0.18 builder, llama.cpp's converter and Intel Neural Compressor 3.10.
+What is said of transformers 5.23 + optimum 2.3 + gptqmodel 7.6 and of the onnxruntime-genai 0.18 builder is run by
+`runtime_tests/test_gptq.py`. What is said of gptqmodel alone, auto-round 0.16, vLLM 0.32 (CPU), llama.cpp's converter
+and Intel Neural Compressor 3.10 was run once, in the study before this repository; GPU loaders (Marlin, SGLang,
+ExLlamaV2) are known from their source only (docs/formats.md, "Loaders").
 """
 
 from __future__ import annotations

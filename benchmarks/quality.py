@@ -1,21 +1,28 @@
 """Float, rounded and tuned perplexity of one model, for schemes, methods and calibrations: one table.
 
-    python benchmarks/quality.py MODEL --calibration calibration.txt --text eval.txt --text wikitext2-valid.txt \\
-        --scheme w2g64 --scheme w4g32 --samples 128 --seqlen 512 --iters 200 --device cuda
+    python benchmarks/quality.py MODEL --calibration calibration.txt --calibration self --text eval.txt \\
+        --text wikitext2-valid.txt --scheme w2g64 --scheme w4g32 --method signround --method signround-400 \\
+        --method rtn --samples 128 --seqlen 512 --iters 200 --device cuda
 
 "gap closed" is the part of the perplexity gap between rounding (to nearest, same grid) and float that tuning closes.
+Texts are cut into windows of `--context` tokens, the whole files; the first token of each window is not scored.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+from signround.artifact import TOKENS
+from signround.calibration import CalibrationTokens, read_tokens
 from signround.evaluate import score, text_windows
-from signround.pipeline import prepare, tune
+from signround.pipeline import Job, prepare, tune
+from signround.runtimes.protocol import Runtime
 from signround.runtimes.torch_blocks import float_model, rounded_model, tuned_model
 
 
@@ -24,11 +31,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--scheme", action="append", required=True)
-    parser.add_argument("--method", action="append", default=None, help="default: signround")
-    parser.add_argument("--calibration", action="append", default=None, help="default: self; may be repeated")
+    parser.add_argument("--method", action="append", help="default: signround")
+    parser.add_argument("--calibration", action="append", help="a text file or self (the default); may be repeated")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--iters", type=int, default=None)
+    parser.add_argument("--iters", type=int, help="for --method signround; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--device", default="cpu")
@@ -36,51 +43,91 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = arguments()
-    texts = {text.name: text_windows(args.model, text, args.context) for text in args.text}
-    rows: list[dict[str, object]] = []
-    baselines: dict[str, dict[str, float]] = {}
-    float_perplexity: dict[str, float] = {}
-    print(f"{'scheme':14} {'method':14} {'calibration':18} {'s':>6}", *(f"{name:>34}" for name in texts))
-    for scheme in args.scheme:
-        for method in args.method or ["signround"]:
-            for calibration in args.calibration or ["self"]:
-                row = one(args, scheme, method, calibration, texts, float_perplexity, baselines)
-                rows.append(row)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+class Table:
+    """Runs the rows and remembers what they share: texts, baselines, calibration windows."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.texts = {text.name: text_windows(options.model, text, options.context) for text in options.text}
+        self.float: dict[str, float] = {}
+        self.rounded: dict[str, dict[str, float]] = {}
+        self.tokens: dict[str, CalibrationTokens] = {}
 
-def one(args, scheme, method, calibration, texts, floats, baselines) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    tuned_how = {} if method != "signround" else {"iters": args.iters}
-    with tempfile.TemporaryDirectory() as folder:
+    def row(self, scheme: str, method: str, calibration: str) -> dict[str, Any]:
+        """Tune and measure once."""
+        with tempfile.TemporaryDirectory() as folder:
+            job = self._job(scheme, method, calibration, Path(folder))
+            started = time.monotonic()
+            artifact = tune(job)
+            seconds = time.monotonic() - started
+            self.tokens[calibration] = read_tokens(artifact.folder / TOKENS) or self.tokens[calibration]
+            tuned = self._perplexities(tuned_model(artifact, self.options.device))
+        self._baselines(job)
+        rounded = self.rounded[scheme]
+        closed = {name: (rounded[name] - tuned[name]) / (rounded[name] - self.float[name]) for name in tuned}
+        return {
+            "scheme": scheme,
+            "method": method,
+            "calibration": Path(calibration).name,
+            "seconds": seconds,
+            "float": self.float,
+            "rounded": rounded,
+            "tuned": tuned,
+            "gap_closed": closed,
+        }
+
+    def _job(self, scheme: str, method: str, calibration: str, folder: Path) -> Job:
+        options = self.options
         job = prepare(
-            args.model, scheme, Path(folder) / "out", method=method, calibration=calibration, samples=args.samples,
-            seqlen=args.seqlen, seed=args.seed, device=args.device, **tuned_how,
-        )  # fmt: skip
-        started = time.monotonic()
-        artifact = tune(job)
-        seconds = time.monotonic() - started
-        tuned = {name: score(tuned_model(artifact, args.device), windows).perplexity for name, windows in texts.items()}
-    if not floats:
-        floats |= {name: score(float_model(job.checkpoint, args.device), w).perplexity for name, w in texts.items()}
-        print("float", floats, flush=True)
-    if scheme not in baselines:
-        model = rounded_model(job.checkpoint, job.plan, args.device)
-        baselines[scheme] = {name: score(model, windows).perplexity for name, windows in texts.items()}
-    cells = []
-    closed = {}
-    for name in texts:
-        rounded = baselines[scheme][name]
-        closed[name] = (rounded - tuned[name]) / (rounded - floats[name])
-        cells.append(f"{rounded:10.3f} -> {tuned[name]:8.3f} ({closed[name]:6.1%})")
-    label = Path(calibration).name
-    print(f"{scheme:14} {method:14} {label:18} {seconds:6.0f}", *(f"{cell:>34}" for cell in cells), flush=True)
-    return {
-        "scheme": scheme, "method": method, "calibration": label, "seconds": seconds,
-        "float": floats, "rounded": baselines[scheme], "tuned": tuned, "gap_closed": closed,
-    }  # fmt: skip
+            options.model,
+            scheme,
+            folder / "out",
+            method=method,
+            calibration=calibration,
+            samples=options.samples,
+            seqlen=options.seqlen,
+            seed=options.seed,
+            device=options.device,
+            iters=options.iters if method == "signround" else None,
+        )
+        return dataclasses.replace(job, tokens=self.tokens.get(calibration) or job.tokens)
+
+    def _baselines(self, job: Job) -> None:
+        scheme = job.plan.scheme
+        if not self.float:
+            self.float = self._perplexities(float_model(job.checkpoint, self.options.device))
+        if scheme not in self.rounded:
+            self.rounded[scheme] = self._perplexities(rounded_model(job.checkpoint, job.plan, self.options.device))
+
+    def _perplexities(self, model: Runtime) -> dict[str, float]:
+        return {name: score(model, windows).perplexity for name, windows in self.texts.items()}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """The row as text."""
+    texts = [
+        f"{row['float'][name]:.3f} | {row['rounded'][name]:.3f} | {row['tuned'][name]:.3f} | {closed:.1%}"
+        for name, closed in row["gap_closed"].items()
+    ]
+    return [row["scheme"], row["method"], row["calibration"], f"{row['seconds']:.0f}", *texts]
+
+
+def main() -> None:
+    options = arguments()
+    table = Table(options)
+    headings = [f"{name}: float | rounded | tuned | gap closed" for name in table.texts]
+    print("| " + " | ".join(["scheme", "method", "calibration", "seconds", *headings]) + " |")
+    print("| " + " | ".join(["---"] * (4 + 4 * len(table.texts))) + " |")
+    rows = []
+    calibrations = options.calibration or ["self"]
+    for scheme in options.scheme:
+        for method in options.method or ["signround"]:
+            # rounding does not look at the text
+            for calibration in calibrations[:1] if method == "rtn" else calibrations:
+                rows.append(table.row(scheme, method, calibration))
+                print("| " + " | ".join(cells(rows[-1])) + " |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ BATCH_SIZE = 8  # as in the paper
 # (iters, samples, held_out, seqlen) a recipe and device
 _EFFORT: dict[tuple[str, Device], tuple[int, int, int, int]] = {
     ("fast", "cpu"): (100, 64, 8, 256),
-    ("default", "cpu"): (200, 128, 8, 256),
+    ("default", "cpu"): (200, 128, 8, 512),
     ("best", "cpu"): (500, 256, 16, 512),
     ("fast", "cuda"): (100, 128, 8, 512),
     ("default", "cuda"): (200, 128, 8, 2048),

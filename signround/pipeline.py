@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def prepare(
     tuning = fit_to_memory(tuning, architecture.hidden, physical_memory())
     floor = max((exporter.zero_floor for exporter in exporters), default=0)
     plan = make_plan(checkpoint, scheme, tuning, read_spec(calibration), floor)
-    refusals = [refusal for exporter in exporters for refusal in exporter.refusals(plan)]
+    refusals = [refusal for exporter in exporters for refusal in _format_refusals(exporter, plan)]
     refusals += _output_refusals(Path(out), plan, () if refusals else exporters)
     refusals += _self_writing_refusals(checkpoint, calibration)
     refusals += checkpoint.non_finite()
@@ -154,7 +154,7 @@ def export(
     """
     checkpoint = artifact if isinstance(artifact, QuantizedCheckpoint) else QuantizedCheckpoint(artifact)
     exporter = make_exporters([to], {to: options} if options else None)[0] if isinstance(to, str) else to
-    refusals = exporter.refusals(checkpoint.plan)
+    refusals = _format_refusals(exporter, checkpoint.plan)
     if refusals:
         raise RefusedError(refusals)
     damaged = checkpoint.damaged()
@@ -302,6 +302,16 @@ def verify(
     exporter = make_exporters([kind])[0]
     tokens = kept_tokens(checkpoint.folder / TOKENS)
     return verify_files(checkpoint, exporter, exporter.opened(path), tokens.evaluation, on_event)
+
+
+def _format_refusals(exporter: Exporter, plan: ModelPlan) -> list[Refusal]:
+    """The exporter's refusals, each saying whose it is."""
+    return [
+        refusal
+        if refusal.subject.startswith(exporter.name)
+        else replace(refusal, subject=": ".join(filter(None, (exporter.name, refusal.subject))))
+        for refusal in exporter.refusals(plan)
+    ]
 
 
 def _output_refusals(out: Path, plan: ModelPlan, exporters: Sequence[Exporter]) -> list[Refusal]:

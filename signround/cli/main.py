@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Tune the rounding of a language model once, ship it to llama.cpp, ONNX Runtime and GPTQ, prove each file.",
 )
 
+INTERRUPTED = 130  # what newer versions of typer make of Ctrl-C
 # Typer raises these for a command line that cannot be parsed, and has no name of its own for their base class.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -240,9 +241,9 @@ def main(arguments: list[str] | None = None) -> None:
     except _UsageError as error:
         print_error(_usage_refusal(error.format_message(), arguments))
         sys.exit(2)
-    except typer.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(_interrupted())
-    except KeyboardInterrupt:
+    if code == INTERRUPTED:
         sys.exit(_interrupted())
     sys.exit(code if isinstance(code, int) else 0)
 

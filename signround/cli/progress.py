@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from signround.events import BlockTuned, Event, Notice, StageAdvanced, StageStarted
@@ -48,13 +49,13 @@ class ProgressDisplay:
     def __call__(self, event: Event) -> None:
         if isinstance(event, StageStarted):
             self._show(event.stage, 0, event.total, event.detail)
-            self.console.print(f"[bold]{TITLES.get(event.stage, event.stage)}[/] {event.detail}")
+            self.console.print(f"[bold]{TITLES.get(event.stage, event.stage)}[/] {escape(event.detail)}")
         elif isinstance(event, StageAdvanced):
             self._show(event.stage, event.done, event.total, event.detail)
         elif isinstance(event, BlockTuned):
-            self.console.print(_block_line(event))
+            self.console.print(_block_line(event), soft_wrap=True, markup=False)
         elif isinstance(event, Notice):
-            self.console.print(f"[yellow]note[/] {event.text}", soft_wrap=True)
+            self.console.print(f"[yellow]note[/] {escape(event.text)}", soft_wrap=True)
 
     def _show(self, stage: str, done: int, total: int | None, detail: str) -> None:
         if self._current is None or self._current[0] != stage:

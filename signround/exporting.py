@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -93,6 +94,15 @@ class Exporter(Protocol):
         """Every tensor of the model as a reader that is not ours decodes it: (checkpoint name, float32 tensor in the
         checkpoint's orientation and row order). Quantised and kept tensors alike; a tied head is left out."""
         ...
+
+
+def missing_packages(modules: Sequence[str], extra: str, subject: str) -> list[Refusal]:
+    """One refusal when some of `modules`, which the extra `extra` of signround installs, cannot be imported."""
+    absent = [name for name in modules if find_spec(name) is None]
+    if not absent:
+        return []
+    problem = f"{', '.join(absent)} must be installed, and {'is' if len(absent) == 1 else 'are'} not"
+    return [Refusal(problem, f"run `pip install 'signround[{extra}]'`", subject)]
 
 
 def available_exporters() -> dict[str, EntryPoint]:

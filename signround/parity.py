@@ -6,7 +6,8 @@ Gates, and why they are what they are (docs/formats.md has the measurements):
   order of sums, measured 6e-7 to 1.4e-6.
 - onnxruntime as shipped: mean KL 5e-4. Level 4 (int8 activations) measured 1.9e-4 to 2.8e-3 on trained models of 4 and
   26 million weights; where it is above, a more exact graph is shipped (`Exporter.more_exact`).
-- llama.cpp (8-bit activations always): mean KL 1e-3, top-1 97.5 %. Measured 3e-4 and 98.7 % for Q8_0; Q6_K loses 1.8e-3.
+- llama.cpp (8-bit activations always): mean KL 1e-3, top-1 97.5 %. Measured 3e-4 and 98.7 % for Q8_0; six bits lose
+  1.8e-3 and 96.7 %.
 - GPTQ with exact products: relative error 1e-5 (2e-4 where the loader turns float32 biases into fp16); as shipped the
   kernel rounds weights to fp16: 2e-3, measured 6e-4.
 """

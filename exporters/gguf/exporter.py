@@ -27,7 +27,7 @@ from exporters.gguf.writer import planned_bytes, write_gguf
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
-from signround.exporting import ExportedModel
+from signround.exporting import ExportedModel, missing_packages
 from signround.files import written_whole
 from signround.grid import Grid
 from signround.plan import LayerPlan, ModelPlan
@@ -129,7 +129,10 @@ class GgufExporter:
                     raise FailedError(f"{exported.target}: {name} is damaged ({error}); export it again.") from error
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
-        """Decode every tensor with gguf-py (the reader of the llama.cpp project)."""
+        """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it."""
+        refusals = missing_packages(("gguf",), "gguf", "gguf")
+        if refusals:
+            raise RefusedError(refusals)
         from gguf import GGUFReader
         from gguf.quants import dequantize
 

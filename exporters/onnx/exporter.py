@@ -33,7 +33,7 @@ from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import TOKENIZER_FILES
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced
-from signround.exporting import ExportedModel
+from signround.exporting import ExportedModel, missing_packages
 from signround.files import folder_written_whole
 from signround.grid import Grid
 from signround.plan import ModelPlan
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 LEVELS = (0, 1, 2, 3, 4)
+WRITERS = ("onnx", "onnx_ir")
 INLINE_BYTES = 1024  # shape constants must stay in the graph: onnxruntime does not load them from outside
 NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
 CARRIED = ("config.json", *TOKENIZER_FILES)
@@ -81,7 +82,8 @@ class OnnxExporter:
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """See `Exporter.refusals`."""
-        found = [] if self.accuracy_level in LEVELS else [self._level_refusal()]
+        found = missing_packages(WRITERS, "onnx", "onnx")
+        found += [] if self.accuracy_level in LEVELS else [self._level_refusal()]
         found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
         head = contrib.refusal_of(plan.architecture)
         return [*found, head] if head else found

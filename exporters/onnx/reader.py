@@ -16,7 +16,8 @@ from torch import Tensor
 
 from exporters.onnx.linear import GRID_KEY, WEIGHTS_KEY, bias_name
 from exporters.onnx.packing import Packed, split, unpack
-from signround.errors import FailedError, refuse
+from signround.errors import FailedError, RefusedError, refuse
+from signround.exporting import missing_packages
 from signround.grid import Grid
 from signround.qtensor import QuantizedTensor
 
@@ -31,8 +32,15 @@ KEPT_SUFFIX = ".weight"  # kept tensors keep their checkpoint name; what belongs
 DECODED_COLUMNS = 256  # inputs decoded at once: bounds the identity matrix and the time, which grows with its square
 
 
+def _need(*modules: str) -> None:
+    refusals = missing_packages(modules, "onnx", "onnx")
+    if refusals:
+        raise RefusedError(refusals)
+
+
 def load_graph(folder: Path) -> ir.Model:
     """The graph of an exported folder; its tensors stay on disk. Raises RefusedError when the folder is not ours."""
+    _need("onnx_ir")
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
@@ -76,6 +84,7 @@ def _array(value: ir.Value) -> NDArray[Any]:
 def decode_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, float32) of every tensor: linears as onnxruntime's MatMulNBits decodes them, the others as the
     onnx package reads them. Shares no code with the packer."""
+    _need("onnx", "onnxruntime")
     import onnx
 
     load_graph(folder)

@@ -46,7 +46,7 @@ def describe(job: Job) -> dict[str, Any]:
         },
         "memory_bytes": memory_bytes(job),
         "seconds": tuning_seconds(job),
-        "notes": [f"{exporter.name}: {note}" for exporter in job.exporters for note in exporter.notes(plan)],
+        "notes": [note for exporter in job.exporters for note in exporter.notes(plan)],
     }
 
 

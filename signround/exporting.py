@@ -66,7 +66,8 @@ class Exporter(Protocol):
         ...
 
     def notes(self, plan: ModelPlan) -> list[str]:
-        """What the user should know before the work: containers that grow, loaders that will refuse the file."""
+        """What the user should know before the work: containers that grow, loaders that will refuse the file. Each
+        note begins with the name of the format and a colon."""
         ...
 
     def estimated_bytes(self, plan: ModelPlan) -> int:

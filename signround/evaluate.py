@@ -22,7 +22,7 @@ from signround.recipes import checked_device
 from signround.runtimes.protocol import Runtime
 from signround.runtimes.targets import kind_of, open_target
 
-POSITION_SECONDS = 60.0  # for runtimes that are asked once a position: the part of the text that fits is taken
+PATIENCE = 4.0  # how many times its affordable positions a runtime that is asked once a position is given
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Score:
 
     perplexity: float
     tokens: int
+    positions: int
     mean_kl: float | None = None
     top1_agreement: float | None = None
     max_abs_difference: float | None = None
@@ -91,8 +92,8 @@ def evaluate_target(
     try:
         windows = target_windows(target, runtime, text, context)
         part = windows
-        if runtime.seconds_per_position is not None:
-            part = spread(windows, int(POSITION_SECONDS / runtime.seconds_per_position))
+        if runtime.affordable_positions is not None:
+            part = spread(windows, int(PATIENCE * runtime.affordable_positions))
             if part.numel() < windows.numel():
                 on_event(
                     Notice(
@@ -196,6 +197,7 @@ class _Totals:
         self.likelihood = 0.0
         self.reference_likelihood = 0.0
         self.scored = 0
+        self.positions = 0
         self.divergence = 0.0
         self.agreed = 0
         self.compared = 0
@@ -206,6 +208,7 @@ class _Totals:
     def add_likelihood(self, logits: Tensor, tokens: Tensor) -> None:
         self.likelihood -= _log_likelihood(logits.log_softmax(-1), tokens)
         self.scored += len(tokens) - 1
+        self.positions += len(tokens)
 
     def add_reference(self, logits: Tensor, reference: Tensor, tokens: Tensor) -> None:
         ours, theirs = logits.log_softmax(-1), reference.log_softmax(-1)
@@ -222,10 +225,11 @@ class _Totals:
     def score(self, *, compared: bool) -> Score:
         perplexity = math.exp(self.likelihood / self.scored)
         if not compared:
-            return Score(perplexity, self.scored)
+            return Score(perplexity, self.scored, self.positions)
         return Score(
             perplexity,
             self.scored,
+            self.positions,
             mean_kl=self.divergence / self.compared,
             top1_agreement=self.agreed / self.compared,
             max_abs_difference=self.largest,

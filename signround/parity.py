@@ -6,14 +6,15 @@ Gates, and why they are what they are (docs/formats.md has the measurements):
   order of sums, measured 6e-7 to 1.4e-6.
 - onnxruntime as shipped: mean KL 5e-4. Level 4 (int8 activations) measured 1.9e-4 to 2.8e-3 on trained models of 4 and
   26 million weights; where it is above, a more exact graph is shipped (`Exporter.more_exact`).
-- llama.cpp (8-bit activations always): mean KL 1e-3, top-1 97.5 %. Measured 3e-4 and 98.7 % for Q8_0; six bits lose
-  1.8e-3 and 96.7 %.
+- llama.cpp (8-bit activations always): mean KL 1e-3, top-1 97.5 % less two standard errors of the measurement.
+  Measured 3e-4 and 98.7 % for Q8_0 on 26 million weights, 6.4e-4 and 97.9 % on the bundled model.
 - GPTQ with exact products: relative error 1e-5 (2e-4 where the loader turns float32 biases into fp16); as shipped the
   kernel rounds weights to fp16: 2e-3, measured 6e-4.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -32,7 +33,6 @@ from signround.runtimes.protocol import Runtime
 from signround.runtimes.torch_blocks import tuned_model
 
 MOST_POSITIONS = 4096
-MOST_SECONDS = 30.0  # for runtimes that are asked once a position
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,11 @@ class Gate:
         assert measured.mean_kl is not None
         assert measured.top1_agreement is not None
         assert measured.relative_error is not None
+        # n positions know an agreement only to within its standard error; two of them are not a failure.
+        doubt = 2 * math.sqrt(measured.top1_agreement * (1 - measured.top1_agreement) / measured.positions)
         return not (
             (self.mean_kl is not None and not measured.mean_kl <= self.mean_kl)
-            or (self.top1_agreement is not None and not measured.top1_agreement >= self.top1_agreement)
+            or (self.top1_agreement is not None and not measured.top1_agreement + doubt >= self.top1_agreement)
             or (self.relative_error is not None and not measured.relative_error <= self.relative_error)
         )
 
@@ -184,8 +186,8 @@ def _expected(artifact: QuantizedCheckpoint, exported: ExportedModel, name: str)
 def compare_logits(artifact: QuantizedCheckpoint, runtime: Runtime, gate: Gate, windows: Tensor) -> LogitParity:
     """Run `windows` (a stated, evenly spread part when a position is dear) and judge the differences."""
     positions = MOST_POSITIONS
-    if runtime.seconds_per_position is not None:
-        positions = min(positions, int(MOST_SECONDS / runtime.seconds_per_position))
+    if runtime.affordable_positions is not None:
+        positions = min(positions, runtime.affordable_positions)
     part = spread(windows, positions)
     measured = score(runtime, part, tuned_model(artifact))
     assert measured.reference_perplexity is not None

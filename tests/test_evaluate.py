@@ -33,7 +33,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Scripted:
     """A runtime whose logits are given; they come in uneven batches, as runtimes may."""
 
-    seconds_per_position: float | None = None
+    affordable_positions: int | None = None
     name = "scripted"
 
     def __init__(self, logits: Tensor, batches: list[int]) -> None:
@@ -178,7 +178,7 @@ def test_a_gguf_file(
 ) -> None:
     """Few positions where llama.cpp is asked once a position; the part is stated."""
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("signround.evaluate.POSITION_SECONDS", 1.0)
+    monkeypatch.setattr("signround.evaluate.PATIENCE", 0.01)
     target = exported(rounded_artifact, "gguf", tmp_path)
     events: list[Event] = []
     measured = evaluate_target(target, text, reference=rounded_artifact.folder, context=32, on_event=events.append)

@@ -42,7 +42,7 @@ def open_genai(folder: Path) -> GenaiRuntime:
 class GenaiRuntime:
     """A loaded folder; fulfils `Runtime`, and generates."""
 
-    seconds_per_position: float | None = None
+    affordable_positions: int | None = None
 
     def __init__(self, model: onnxruntime_genai.Model, name: str, folder: Path) -> None:
         self.name = name

@@ -36,7 +36,7 @@ BATCH_TOKENS = 2048
 class GptqRuntime:
     """A model in the worker process; fits `signround.runtimes.protocol.Runtime`."""
 
-    seconds_per_position: float | None = None
+    affordable_positions: int | None = None
 
     def __init__(self, child: Child, loaded: Mapping[str, Any], owns_child: bool) -> None:
         self._child = child
@@ -89,7 +89,7 @@ def open_gptq(folder: Path, *, exact_products: bool = False, child: Child | None
 class BuilderRuntime:
     """The builder's ONNX model in onnxruntime; fits `signround.runtimes.protocol.Runtime`."""
 
-    seconds_per_position: float | None = None
+    affordable_positions: int | None = None
 
     def __init__(self, model: Path, vocabulary: int) -> None:
         import onnxruntime

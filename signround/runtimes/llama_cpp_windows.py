@@ -17,7 +17,7 @@ CHILD = "signround.runtimes.llama_cpp_windows_child"
 class WindowRuntime:
     """`Runtime` over llama-cpp-python. Raises FailedError when the file cannot be loaded."""
 
-    seconds_per_position: float | None = None
+    affordable_positions: int | None = None
 
     def __init__(self, path: Path, threads: int, repack: bool) -> None:
         settings = {"path": str(path), "threads": threads, "repack": repack}

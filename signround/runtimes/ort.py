@@ -77,7 +77,7 @@ def _accuracy_levels(model: onnx.ModelProto) -> Iterator[Any]:
 class OnnxRuntime:
     """A loaded decoder; fulfils `Runtime`. One forward pass a batch of windows, without past."""
 
-    seconds_per_position: float | None = None
+    affordable_positions: int | None = None
 
     def __init__(self, session: onnxruntime.InferenceSession, name: str, folder: Path) -> None:
         self.name = name

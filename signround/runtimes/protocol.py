@@ -12,13 +12,14 @@ class Runtime(Protocol):
     """A loaded model file in the runtime that its users run.
 
     `name` says what ran and how ("onnxruntime 1.31.1, accuracy_level 4"). `vocabulary` is the width of the logits.
-    `seconds_per_position` is None when a whole window is one forward pass; otherwise it estimates the cost of one
-    position, and callers take a stated subset of positions.
+    `affordable_positions` is None when a whole window is one forward pass; a runtime that must be asked once a position
+    says how many take about half a minute, and callers take a stated subset. The number depends on the file alone,
+    so that the same job looks at the same positions on every machine.
     """
 
     name: str
     vocabulary: int
-    seconds_per_position: float | None
+    affordable_positions: int | None
 
     def logits(self, windows: Tensor) -> Iterator[Tensor]:
         """`windows` int64 [count, tokens] -> float32 [n, tokens, vocabulary] batches that add up to `count`, in order.

@@ -23,7 +23,7 @@ LOGIT_BYTES = 256 << 20  # logits in memory at once
 class TorchBlocks:
     """A `Runtime` (runtimes/protocol.py) over `DecoderBlocks`."""
 
-    seconds_per_position: float | None = None
+    affordable_positions: int | None = None
 
     def __init__(self, name: str, blocks: DecoderBlocks) -> None:
         self.name = name

@@ -33,8 +33,8 @@ test-all: lint
 	$(BIN)/python -m pytest -q
 
 benchmarks: .venv/.installed-dev
-	$(BIN)/python benchmarks/quality.py examples/llama-4m --scheme w2g64 --scheme w4g32 --method signround \
-		--method signround-400 --method rtn --calibration self --seqlen 256 --text examples/benchmark.txt
+	$(BIN)/python benchmarks/quality.py examples/llama-4m --scheme w2g64 --scheme w4g32 \
+		--method signround --method signround-400 --method rtn --samples 64 --seqlen 256
 	$(BIN)/python benchmarks/memory.py
 
 clean:

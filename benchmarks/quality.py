@@ -29,7 +29,7 @@ from signround.runtimes.torch_blocks import float_model, rounded_model, tuned_mo
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--text", type=Path, action="append", help="default: calibration text that no tuning sees")
     parser.add_argument("--scheme", action="append", required=True)
     parser.add_argument("--method", action="append", help="default: signround")
     parser.add_argument("--calibration", action="append", help="a text file or self (the default); may be repeated")
@@ -48,7 +48,7 @@ class Table:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.texts = {text.name: text_windows(options.model, text, options.context) for text in options.text}
+        self.texts = {text.name: text_windows(options.model, text, options.context) for text in options.text or []}
         self.float: dict[str, float] = {}
         self.rounded: dict[str, dict[str, float]] = {}
         self.tokens: dict[str, CalibrationTokens] = {}
@@ -61,6 +61,8 @@ class Table:
             artifact = tune(job)
             seconds = time.monotonic() - started
             self.tokens[calibration] = read_tokens(artifact.folder / TOKENS) or self.tokens[calibration]
+            if not self.texts:
+                self.texts = {"unseen calibration text": self.tokens[calibration].evaluation}
             tuned = self._perplexities(tuned_model(artifact, self.options.device))
         self._baselines(job)
         rounded = self.rounded[scheme]
@@ -115,16 +117,17 @@ def cells(row: dict[str, Any]) -> list[str]:
 def main() -> None:
     options = arguments()
     table = Table(options)
-    headings = [f"{name}: float | rounded | tuned | gap closed" for name in table.texts]
-    print("| " + " | ".join(["scheme", "method", "calibration", "seconds", *headings]) + " |")
-    print("| " + " | ".join(["---"] * (4 + 4 * len(table.texts))) + " |")
-    rows = []
+    rows: list[dict[str, Any]] = []
     calibrations = options.calibration or ["self"]
     for scheme in options.scheme:
         for method in options.method or ["signround"]:
             # rounding does not look at the text
             for calibration in calibrations[:1] if method == "rtn" else calibrations:
                 rows.append(table.row(scheme, method, calibration))
+                if len(rows) == 1:
+                    headings = [f"{name}: float | rounded | tuned | gap closed" for name in table.texts]
+                    print("| " + " | ".join(["scheme", "method", "calibration", "seconds", *headings]) + " |")
+                    print("| " + " | ".join(["---"] * (4 + 4 * len(table.texts))) + " |")
                 print("| " + " | ".join(cells(rows[-1])) + " |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

@@ -28,9 +28,10 @@ from typing import IO, Any
 from torch import Tensor
 
 from signround.errors import FailedError, refuse
-from signround.files import disk_errors, save_tensors, sha256_of, sha256_of_json, write_json, written_whole
+from signround.files import disk_errors, sha256_of, sha256_of_json, write_json, written_whole
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.safetensors_stream import save_tensors
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

@@ -19,10 +19,11 @@ from signround.architecture import EMBEDDING
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import FailedError, refuse
 from signround.events import Listener, StageAdvanced
-from signround.files import save_tensors, sha256_of, written_whole
+from signround.files import sha256_of, written_whole
 from signround.loading import whole_model
 from signround.plan import CalibrationSpec
 from signround.recipes import TuningSettings
+from signround.safetensors_stream import save_tensors
 
 EVALUATION_WINDOWS = 16  # windows that no tuning sees, for the perplexities of the report
 PIECE_CHARACTERS = 1 << 20  # text is tokenised in pieces of about this size, cut at line ends

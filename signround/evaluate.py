@@ -230,7 +230,7 @@ class _Totals:
             perplexity,
             self.scored,
             self.positions,
-            mean_kl=self.divergence / self.compared,
+            mean_kl=max(0.0, self.divergence / self.compared),
             top1_agreement=self.agreed / self.compared,
             max_abs_difference=self.largest,
             relative_error=math.sqrt(self.difference_square / self.reference_square),

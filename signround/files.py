@@ -8,17 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from signround.errors import FailedError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PARTIAL = ".partial-"
 
@@ -84,35 +80,6 @@ def write_json(path: Path, data: Any) -> None:
     """Indented JSON, whole or absent."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n")
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write CPU tensors as one safetensors file, streamed; equal tensors give equal bytes, whatever their order.
-
-    Stands for `safetensors.torch.save_file`, which (0.8) writes to a `.tmpXXXXXX` of its own that a kill leaves behind
-    for good, makes the file unreadable for other users (mode 600), and reports a full disk as no OSError.
-    Layout: github.com/huggingface/safetensors, README, "Format". Raises KeyError for a dtype that we never write.
-    """
-    import torch
-
-    codes = {
-        torch.int64: "I64", torch.int32: "I32", torch.float32: "F32",
-        torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
-    }  # fmt: skip
-    # Widest elements first, so that every tensor is aligned to its element.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            stream.write(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def sha256_of(path: Path) -> str:

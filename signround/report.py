@@ -202,7 +202,7 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row a format, in the order of COLUMNS, as text: what the CLI, report.md and report.html show."""
     rows: list[tuple[str, ...]] = []
     for name, export in report["exports"].items():
-        run = export["logits"]
+        run = export["logits"] or export["exact_logits"]
         weights = export["weights"]
         measured = (
             (f"{run['perplexity']:.3f}", f"{run['tuned_perplexity']:.3f}", f"{run['mean_kl']:.1e}",

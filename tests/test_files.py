@@ -20,12 +20,12 @@ from signround.files import (
     canonical_json,
     disk_errors,
     folder_written_whole,
-    save_tensors,
     sha256_of,
     sha256_of_json,
     write_json,
     written_whole,
 )
+from signround.safetensors_stream import save_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -196,7 +196,7 @@ def test_a_disk_that_fills_while_tensors_are_written(tmp_path: Path, monkeypatch
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """From now on, `signround.files` finds the disk full after `after` bytes of any one tensor file."""
+    """From now on, the writer finds the disk full after `after` bytes of any one tensor file."""
 
     class Stream:
         def __init__(self, path: Path) -> None:
@@ -209,13 +209,13 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
             if len(room) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def __enter__(self) -> Stream:
-            return self
+        def seek(self, offset: int) -> None:
+            self.inner.seek(offset)
 
-        def __exit__(self, *_: object) -> None:
+        def close(self) -> None:
             self.inner.close()
 
     def opened(path: Path, mode: str) -> Any:
         return Stream(path) if mode == "wb" else open(path, mode)
 
-    monkeypatch.setattr("signround.files.open", opened, raising=False)
+    monkeypatch.setattr("signround.safetensors_stream.open", opened, raising=False)

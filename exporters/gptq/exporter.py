@@ -23,16 +23,19 @@ from signround.files import folder_written_whole, write_json
 from signround.grid import Grid
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.safetensors_stream import FileLayout, SafetensorsWriter, TensorSpec, lay_out, split
 
 from . import checks
 from .config import CHECKPOINT_FORMATS, V1, GptqFormat, format_of, model_config, read_format
 from .independent import decoded_by_other_reader
 from .packing import PARTS, layout, pack_linear, unpack_linear
-from .safetensors_stream import FileLayout, SafetensorsWriter, TensorSpec, lay_out, split
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHT = ".weight"
+
+
+METADATA = {"format": "pt"}  # transformers asks for it
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class GptqExporter:
         shards = split(_modules(plan), self.max_shard_bytes)
         count = len(shards)
         names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        return {name: lay_out(specs) for name, specs in zip(names, shards, strict=True)}
+        return {name: lay_out(specs, METADATA) for name, specs in zip(names, shards, strict=True)}
 
     def _tensors(self, artifact: QuantizedCheckpoint, file: FileLayout) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of one file, one linear (or kept tensor) resident."""

@@ -1,8 +1,10 @@
 """Safetensors files laid out from shapes and filled one tensor at a time: sizes first, bytes later.
 
-`safetensors.save_file` needs every tensor of a file in memory at once; here only one is. The layout is the one that the
-safetensors library chooses (larger items first, so that every tensor is aligned, then by name), hence the bytes are the
-same as `save_file`'s for the same tensors. Refuses to close a file in which a tensor was left out.
+`safetensors.torch.save_file` needs every tensor of a file in memory at once; here only one is. It also (0.8) writes to
+a `.tmpXXXXXX` of its own that a kill leaves behind for good, makes the file unreadable for other users (mode 600), and
+reports a full disk as no OSError. The layout is the one that the library chooses (larger items first, so that every
+tensor is aligned, then by name), hence the bytes are the same as `save_file`'s for the same tensors. Refuses to close
+a file in which a tensor was left out.
 
     | u64 length of header | JSON header, padded with spaces to 8 | tensor | tensor | ...
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +24,16 @@ from typing import IO, Self
 import torch
 from torch import Tensor
 
-# The library's order: larger items first, equal sizes by its own rank of dtypes.
-_DTYPES = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# The library's order: larger items first, equal sizes by its own rank of dtypes. Others are never written.
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 
 
@@ -53,10 +63,10 @@ class FileLayout:
         return len(self.header) + sum(spec.bytes for spec in self.specs)
 
 
-def lay_out(specs: Sequence[TensorSpec]) -> FileLayout:
-    """Place `specs` in one file. Metadata is {"format": "pt"}, which transformers asks for."""
+def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> FileLayout:
+    """Place `specs` in one file. Raises KeyError for a dtype that we never write."""
     ordered = tuple(sorted(specs, key=lambda spec: (_RANK[spec.dtype], spec.name)))
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     begin, begins = 0, {}
     for spec in ordered:
         end = begin + spec.bytes
@@ -88,14 +98,14 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, layout: FileLayout) -> None:
         self._path = path
-        self._layout = layout
+        self.layout = layout
         self._specs = {spec.name: spec for spec in layout.specs}
         self._left = set(self._specs)
         self._stream: IO[bytes]
 
     def __enter__(self) -> Self:
         self._stream = open(self._path, "wb")
-        self._stream.write(self._layout.header)
+        self._stream.write(self.layout.header)
         return self
 
     def __exit__(
@@ -111,6 +121,14 @@ class SafetensorsWriter:
         if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"{name} must be {spec.dtype} {spec.shape}, got {got}")
-        self._stream.seek(self._layout.offsets[name])
-        self._stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._stream.seek(self.layout.offsets[name])
+        self._stream.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._left.remove(name)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write CPU tensors that are in memory as one file; equal tensors give equal bytes, whatever their order."""
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    with SafetensorsWriter(path, lay_out(specs, metadata)) as file:
+        for spec in file.layout.specs:
+            file.write(spec.name, tensors[spec.name])

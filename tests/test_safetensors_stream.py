@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from exporters.gptq.safetensors_stream import SafetensorsWriter, TensorSpec, lay_out, split
+from signround.safetensors_stream import SafetensorsWriter, TensorSpec, lay_out, split
 
 DTYPES = [torch.float32, torch.int32, torch.bfloat16, torch.float16]
 
@@ -21,7 +21,8 @@ def test_bytes_are_those_of_save_file(tmp_path: Path) -> None:
         for letter in "zaé"
         for index, (dtype, shape) in enumerate(zip(DTYPES, [(3, 5), (7,), (1, 1, 3), (9,)], strict=True))
     }
-    layout = lay_out([TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()])
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    layout = lay_out(specs, {"format": "pt"})
     ours = tmp_path / "ours.safetensors"
     with SafetensorsWriter(ours, layout) as file:
         for name in reversed(tensors):

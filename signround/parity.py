@@ -18,18 +18,19 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from signround.artifact import QuantizedCheckpoint
-from signround.errors import RefusedError
+from signround.errors import FailedError, RefusedError
 from signround.evaluate import Score, score, spread
 from signround.events import Listener, Notice, silent
 from signround.exporting import ExportedModel, Exporter
-from signround.runtimes.protocol import Runtime
+from signround.runtimes.protocol import Runtime, Speed
+from signround.runtimes.speed import fitting
 from signround.runtimes.torch_blocks import tuned_model
 
 MOST_POSITIONS = 4096
@@ -78,7 +79,8 @@ HALF_BIASES = Gate(relative_error=2e-4)
 
 @dataclass(frozen=True)
 class LogitParity:
-    """One run of the file in a runtime over `tokens` positions; `tuned_perplexity` is the tuned model's on the same."""
+    """One run of the file in a runtime over `tokens` positions; `tuned_perplexity` is the tuned model's on the same.
+    `speed` is measured as shipped, and judged by nobody; None where the runtime is a reader or could not be timed."""
 
     runtime: str
     tokens: int
@@ -86,6 +88,7 @@ class LogitParity:
     tuned_perplexity: float
     gate: Gate
     passed: bool
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,9 @@ def verify(
         try:
             with opened(exported.target) as runtime:
                 runs[label] = compare_logits(artifact, runtime, gate, windows)
+                if label == "shipped":
+                    speed = measured_speed(artifact, runtime, exported.format, on_event)
+                    runs[label] = replace(runs[label], speed=speed)
         except RefusedError as missing:
             on_event(Notice(f"{exported.format}: logits were not compared, {missing}"))
     if exported.format not in _RUNS:
@@ -192,6 +198,17 @@ def compare_logits(artifact: QuantizedCheckpoint, runtime: Runtime, gate: Gate, 
     measured = score(runtime, part, tuned_model(artifact))
     assert measured.reference_perplexity is not None
     return LogitParity(runtime.name, part.numel(), measured, measured.reference_perplexity, gate, gate.passes(measured))
+
+
+def measured_speed(
+    artifact: QuantizedCheckpoint, runtime: Runtime, format: str, on_event: Listener = silent
+) -> Speed | None:
+    """The runtime's speed on a prompt that fits the model; a failure is told, it does not fail the job."""
+    try:
+        return runtime.speed(*fitting(artifact.plan.architecture.context))
+    except FailedError as error:
+        on_event(Notice(f"{format}: the speed was not measured, {error}"))
+        return None
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from signround.artifact import QuantizedCheckpoint
 from signround.exporting import ExportedModel
 from signround.files import sha256_of, write_json, written_whole
 from signround.parity import LogitParity, Parity
+from signround.runtimes.protocol import Speed
 
 SCHEMA_VERSION = 1
 REPORT_FILES = ("report.md", "report.html", "report.json")
@@ -142,6 +143,7 @@ def parity_json(parity: Parity) -> dict[str, Any]:
         },
         "logits": _logits_json(parity.logits),
         "exact_logits": _logits_json(parity.exact_logits),
+        "speed": _speed_json(parity.logits.speed) if parity.logits else None,
         "passed": parity.passed,
     }
 
@@ -159,6 +161,12 @@ def parity_lines(parity: Parity) -> list[str]:
                 f"{run.score.top1_agreement:.2%}, relative error {run.score.relative_error:.2e}: "
                 + ("passed" if run.passed else f"FAILED, the gate is {_logits_json(run)}")
             )
+    speed = parity.logits.speed if parity.logits else None
+    if speed is not None:
+        lines.append(
+            f"speed: {speed.prefill_tokens_per_second:,.0f} tokens a second of a prompt of {speed.prompt}, "
+            f"{speed.decode_tokens_per_second:,.1f} of {speed.new} new ones (one noisy measurement, no gate)"
+        )
     return [*lines, "passed" if parity.passed else "FAILED"]
 
 
@@ -179,6 +187,11 @@ def _logits_json(run: LogitParity | None) -> dict[str, Any] | None:
     }
 
 
+def _speed_json(speed: Speed | None) -> dict[str, Any] | None:
+    """None where nobody runs the format for speed in the runtime at hand, or it could not be measured."""
+    return dict(vars(speed)) if speed is not None else None
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -195,7 +208,7 @@ def passed(report: Mapping[str, Any]) -> bool:
 
 
 COLUMNS = ("format", "size", "bits/weight", "perplexity in the runtime", "tuned, same tokens", "mean KL", "top-1",
-           "exact tensors", "verdict")  # fmt: skip
+           "exact tensors", "prefill / decode tokens/s", "verdict")  # fmt: skip
 
 
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -217,10 +230,21 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 f"{export['bits_per_weight']:.2f}",
                 *measured,
                 f"{weights['exact']}/{weights['tensors']}",
+                _speed_cell(export.get("speed")),  # reports from before this field are shown too
                 "passed" if export["passed"] else "FAILED",
             )
         )
     return rows
+
+
+def _speed_cell(speed: Mapping[str, float] | None) -> str:
+    if speed is None:
+        return "not timed"
+    return f"{_rate(speed['prefill_tokens_per_second'])} / {_rate(speed['decode_tokens_per_second'])}"
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.1f}"
 
 
 def summary_lines(report: Mapping[str, Any]) -> list[str]:

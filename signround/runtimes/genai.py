@@ -6,6 +6,7 @@ Refuses folders without genai_config.json. One window at a time: the library fil
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from signround.errors import FailedError, refuse
+from signround.runtimes.protocol import Speed
+from signround.runtimes.speed import any_tokens, best_speed
 
 if TYPE_CHECKING:
     import onnxruntime_genai
@@ -65,6 +68,20 @@ class GenaiRuntime:
         while not generator.is_done() and generator.token_count() < len(prompt) + count:
             generator.generate_next_token()
         return torch.tensor([int(token) for token in generator.get_sequence(0)[len(prompt) :]])
+
+    def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
+        """See `Runtime.speed`; a step takes the likeliest token, as a user's would."""
+        tokens = torch.tensor(any_tokens(prompt, self.vocabulary))
+
+        def one_pass() -> tuple[float, float]:
+            started = time.perf_counter()
+            generator = self._generator(tokens, new)
+            read = time.perf_counter()
+            for _ in range(new):  # appended, not generated: an end token would stop it
+                generator.append_tokens(tokens[:1].numpy().astype("int32"))
+            return read - started, time.perf_counter() - read
+
+        return best_speed(one_pass, prompt, new)
 
     def _generator(self, prompt: Tensor, more: int) -> onnxruntime_genai.Generator:
         import numpy as np

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from signround.errors import refuse
 from signround.runtimes.gptq_child import Child
+from signround.runtimes.protocol import Speed
 
 WORKER = "signround.runtimes.gptq_worker"
 BUILDER = "signround.runtimes.gptq_builder_worker"
@@ -52,6 +53,10 @@ class GptqRuntime:
         for batch in _batches(windows):
             _, (values,) = self._child.ask({"do": "logits", "model": self._model}, [batch.contiguous().numpy()])
             yield torch.from_numpy(values)
+
+    def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
+        """None: on a CPU this is a reader; GPTQ files are run for their speed on GPUs."""
+        return None
 
     def close(self) -> None:
         if self._owns_child:
@@ -110,6 +115,10 @@ class BuilderRuntime:
             feeds = {entry.name: empty for entry in self._session.get_inputs() if entry.name.startswith("past")}
             feeds |= {"input_ids": batch.numpy(), "attention_mask": np.ones(batch.shape, np.int64)}
             yield torch.from_numpy(self._session.run(["logits"], feeds)[0])
+
+    def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
+        """None: this is a reader."""
+        return None
 
     def close(self) -> None:
         self._session = None

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from signround.runtimes.llama_cpp_child import Child
+from signround.runtimes.protocol import Speed
+from signround.runtimes.speed import any_tokens, best_speed
 
 CHILD = "signround.runtimes.llama_cpp_server_child"
 CONTEXT_STEP = 256
@@ -53,12 +55,37 @@ class ServerRuntime:
     def logits(self, windows: Tensor) -> Iterator[Tensor]:
         """As `Runtime.logits`: log-probabilities, one window at a time, one request a position."""
         tokens = windows.shape[1]
-        if tokens >= self._context:
-            self.close()
-            self._start(tokens // CONTEXT_STEP * CONTEXT_STEP + CONTEXT_STEP)
+        self._make_room(tokens)
         for window in windows.tolist():
             rows = [self._next(window[:end]) for end in range(1, tokens + 1)]
             yield torch.stack(rows).unsqueeze(0)
+
+    def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
+        """As `Runtime.speed`, timed by llama-server; a step takes the likeliest token, as a user's would."""
+        self._make_room(prompt + new + 1)
+        # The first new token comes out of the prompt's pass, and the server's clock starts at it.
+        request = {
+            "prompt": any_tokens(prompt, self.vocabulary),
+            "n_predict": new + 1,
+            "cache_prompt": False,
+            "ignore_eos": True,
+            "samplers": ["top_k"],
+            "top_k": 1,
+        }
+
+        def one_pass() -> tuple[float, float]:
+            timings = self._post("/completion", request)["timings"]
+            if (timings["prompt_n"], timings["predicted_n"]) != (prompt, new + 1):
+                raise self._child.failure(f"{timings['prompt_n']} + {timings['predicted_n']} tokens were timed")
+            return timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
+
+        return best_speed(one_pass, prompt, new)
+
+    def _make_room(self, tokens: int) -> None:
+        """A longer context is another server."""
+        if tokens >= self._context:
+            self.close()
+            self._start(tokens // CONTEXT_STEP * CONTEXT_STEP + CONTEXT_STEP)
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """As `LlamaCpp.tokenize`."""

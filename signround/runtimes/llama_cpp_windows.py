@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from signround.runtimes.llama_cpp_child import Child
+from signround.runtimes.protocol import Speed
+from signround.runtimes.speed import any_tokens, best_speed
 
 CHILD = "signround.runtimes.llama_cpp_windows_child"
 
@@ -36,6 +38,19 @@ class WindowRuntime:
             self._child.line()
             raw = bytearray(self._child.take(len(tokens) * self.vocabulary * 4))
             yield torch.frombuffer(raw, dtype=torch.float32).view(1, len(tokens), self.vocabulary)
+
+    def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
+        """As `Runtime.speed`, timed in the child: llama_decode alone."""
+
+        tokens = torch.tensor(any_tokens(prompt + new, self.vocabulary), dtype=torch.int32).numpy()
+        request = {"do": "speed", "tokens": len(tokens), "prompt": prompt}
+
+        def one_pass() -> tuple[float, float]:
+            self._child.send(json.dumps(request).encode() + b"\n" + tokens.tobytes())
+            seconds = self._child.line()
+            return seconds["prefill"], seconds["decode"]
+
+        return best_speed(one_pass, prompt, new)
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """As `LlamaCpp.tokenize`."""

@@ -1,13 +1,15 @@
 """The child of `llama_cpp_windows`: holds the model in llama-cpp-python and answers on its standard output.
 
 A JSON line {"do": "logits", "tokens": n} followed by n int32 is answered with a JSON line and n x vocabulary float32;
-{"do": "tokenize", "bytes": n, ...} followed by n bytes of text with a JSON line. Imports no torch: it starts at once.
+{"do": "speed", "tokens": n, "prompt": m} followed by n int32, and {"do": "tokenize", "bytes": n, ...} followed by n
+bytes of text, with a JSON line. Imports no torch: it starts at once.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import IO, Any
 
 import numpy as np
@@ -56,18 +58,34 @@ class _Model:
 
     def logits(self, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """int32 [n] -> float32 [n, vocabulary]; the array belongs to llama.cpp until the next call."""
+        self._prepare(len(tokens))
+        self._decode(tokens, 0, every=True)
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), shape=(len(tokens), self.vocabulary))
+
+    def speed(self, tokens: np.ndarray[Any, Any], prompt: int) -> dict[str, float]:
+        """Seconds of the first `prompt` tokens at once, and of the others one at a time."""
+        self._prepare(len(tokens))
+        started = time.perf_counter()
+        self._decode(tokens[:prompt], 0, every=False)
+        read = time.perf_counter()
+        for position in range(prompt, len(tokens)):
+            self._decode(tokens[position : position + 1], position, every=False)
+        return {"prefill": read - started, "decode": time.perf_counter() - read}
+
+    def _decode(self, tokens: np.ndarray[Any, Any], first: int, *, every: bool) -> None:
+        """Run `tokens` at positions from `first` on; logits are made of every position or of the last one."""
         api, count = self._api, len(tokens)
-        self._prepare(count)
         batch = api.llama_batch_init(count, 0, 1)
         batch.n_tokens = count
         for index in range(count):
-            batch.token[index], batch.pos[index], batch.logits[index] = int(tokens[index]), index, 1
+            batch.token[index], batch.pos[index] = int(tokens[index]), first + index
+            batch.logits[index] = every or index == count - 1
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
         status = api.llama_decode(self._context, batch)
+        api.llama_synchronize(self._context)
         api.llama_batch_free(batch)
         if status != 0:
             raise FailedError(f"llama_decode gave {status}")
-        return np.ctypeslib.as_array(api.llama_get_logits(self._context), shape=(count, self.vocabulary))
 
     def tokenize(self, raw: bytes, add_special: bool, parse_special: bool) -> list[int]:
         buffer = (self._api.llama_token * (len(raw) + 8))()
@@ -90,6 +108,9 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             answer(answers, {"rows": len(found)})
             answers.write(found.data)
             answers.flush()
+        elif request["do"] == "speed":
+            tokens = np.frombuffer(requests.read(request["tokens"] * 4), dtype=np.int32)
+            answer(answers, model.speed(tokens, request["prompt"]))
         else:
             raw = requests.read(request["bytes"])
             answer(answers, {"ids": model.tokenize(raw, request["add_special"], request["parse_special"])})

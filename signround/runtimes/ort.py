@@ -6,6 +6,7 @@ oracle for what int8 activations (level 4) cost. Runs on the CPU; refuses graphs
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from signround.errors import FailedError, refuse
+from signround.runtimes.protocol import Speed
+from signround.runtimes.speed import any_tokens, best_speed
 
 if TYPE_CHECKING:
     import onnx
@@ -101,19 +104,66 @@ class OnnxRuntime:
         for start in range(0, len(windows), size):
             yield self._forward(windows[start : start + size])
 
+    def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
+        """See `Runtime.speed`; keys and values stay where onnxruntime made them and are the next step's past."""
+        tokens = any_tokens(prompt + new, self.vocabulary)
+
+        def one_pass() -> tuple[float, float]:
+            started = time.perf_counter()
+            past, _ = self._step(tokens[:prompt], 0, None)
+            read = time.perf_counter()
+            for position in range(prompt, prompt + new):
+                past, _ = self._step(tokens[position : position + 1], position, past)
+            return read - started, time.perf_counter() - read
+
+        return best_speed(one_pass, prompt, new)
+
+    def _step(
+        self, tokens: list[int], position: int, past: list[onnxruntime.OrtValue] | None
+    ) -> tuple[list[onnxruntime.OrtValue], onnxruntime.OrtValue]:
+        """Run one sequence's `tokens` from `position` on -> the new past, in the order of `self._past`, and logits."""
+        import numpy as np
+        from onnxruntime import OrtValue
+
+        session = self._opened()
+        if past is None:
+            empty = {(1, heads, 0, size) for _, heads, _, size in self._past.values()}
+            zeros = {shape: OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in empty}
+            past = [zeros[1, heads, 0, size] for _, heads, _, size in self._past.values()]
+        binding = session.io_binding()
+        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((1, position + len(tokens)), np.int64))
+        for name, value in zip(self._past, past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_output(name.replace("past_key_values.", "present."), "cpu")
+        binding.bind_output("logits", "cpu")
+        try:
+            session.run_with_iobinding(binding)
+        except _ort_errors() as error:
+            raise self._cannot_run(error) from error
+        *present, logits = binding.get_outputs()  # in the order in which they were bound
+        return present, logits
+
+    def _opened(self) -> onnxruntime.InferenceSession:
+        if self._session is None:
+            raise FailedError(f"{self._folder}: the runtime is closed.")
+        return self._session
+
+    def _cannot_run(self, error: Exception) -> FailedError:
+        return FailedError(f"{self._folder}: onnxruntime cannot run the model ({_first_line(error)}).")
+
     def _forward(self, batch: Tensor) -> Tensor:
         import numpy as np
 
-        if self._session is None:
-            raise FailedError(f"{self._folder}: the runtime is closed.")
+        session = self._opened()
         count, _ = batch.shape
         feeds = {"input_ids": batch.numpy(), "attention_mask": np.ones(tuple(batch.shape), np.int64)}
         for name, (_, heads, _, size) in self._past.items():
             feeds[name] = np.zeros((count, heads, 0, size), np.float32)
         try:
-            (logits,) = self._session.run(["logits"], feeds)
+            (logits,) = session.run(["logits"], feeds)
         except _ort_errors() as error:
-            raise FailedError(f"{self._folder}: onnxruntime cannot run the model ({_first_line(error)}).") from error
+            raise self._cannot_run(error) from error
         return torch.from_numpy(logits)
 
     def close(self) -> None:

@@ -1,11 +1,25 @@
-"""What evaluation and parity ask of a runtime: logits of every position of token windows."""
+"""What evaluation and parity ask of a runtime: logits of every position of token windows, and how fast it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one sequence: `prompt` tokens in one pass, then `new` tokens one at a time.
+
+    One noisy measurement on this machine, with whatever else runs on it: to compare formats roughly, never a gate.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    prompt: int
+    new: int
 
 
 class Runtime(Protocol):
@@ -26,6 +40,15 @@ class Runtime(Protocol):
 
         Values may be log-probabilities: only differences within a position carry meaning. Raises FailedError when the
         runtime cannot load or run the file.
+        """
+        ...
+
+    def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
+        """Time `prompt` tokens in one pass and `new` single-token steps after them, on the keys and values kept
+        (runtimes/speed.py says how often). None where this is a reader, not what users run for its speed.
+
+        `prompt` and `new` are at least 1 and their sum fits the model's context. Raises FailedError when the runtime
+        cannot run the file so.
         """
         ...
 

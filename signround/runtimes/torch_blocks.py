@@ -14,6 +14,7 @@ from signround.artifact import QuantizedCheckpoint
 from signround.blocks import DecoderBlocks
 from signround.checkpoint import SourceCheckpoint
 from signround.plan import ModelPlan
+from signround.runtimes.protocol import Speed
 from signround.tuning.rtn import rounded
 
 HIDDEN_BYTES = 1 << 30  # hidden states in memory at once
@@ -43,6 +44,10 @@ class TorchBlocks:
             head = self.blocks.head()
             for start in range(0, len(hidden), per_batch):
                 yield head(hidden[start : start + per_batch])
+
+    def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
+        """None: this is the reference, one block at a time and without a cache."""
+        return None
 
     def close(self) -> None:
         """Nothing is held between calls."""

@@ -18,6 +18,7 @@ from signround.errors import RefusedError
 from signround.evaluate import Evaluation, evaluate_target, score, spread, text_windows
 from signround.events import Event, Notice
 from signround.pipeline import export
+from signround.runtimes.protocol import Speed
 from signround.runtimes.torch_blocks import float_model, tuned_model
 
 SENTENCES = "".join(f"The quick brown fox number {i} jumps over the lazy dog.\n" for i in range(40))
@@ -42,6 +43,9 @@ class Scripted:
 
     def logits(self, windows: Tensor) -> Iterator[Tensor]:
         yield from torch.split(self._logits, self._batches)
+
+    def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
+        return None
 
     def close(self) -> None:
         """Nothing is held."""

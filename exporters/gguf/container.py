@@ -18,7 +18,6 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -140,14 +139,9 @@ class GgufFile:
         if path.stat().st_size < needed:
             raise ValueError(f"it is cut short ({path.stat().st_size} bytes, its tensors need {needed})")
 
-    @cached_property
-    def _memory(self) -> npt.NDArray[np.uint8]:
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
-
     def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """A copy of the tensor's bytes."""
-        start = self._start + self._offsets[name]
-        return np.array(self._memory[start : start + self.tensors[name].bytes])
+        """The tensor's bytes, read for this call: nothing of the file stays mapped."""
+        return np.fromfile(self.path, np.uint8, self.tensors[name].bytes, offset=self._start + self._offsets[name])
 
     def _take(self, count: int) -> bytes:
         raw = self._stream.read(count)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,7 +143,9 @@ class GgufExporter:
             if tensor.name == ROPE_FACTORS:
                 continue
             shape = [int(size) for size in tensor.shape[::-1]]
-            weight = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+            # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
+            raw = np.fromfile(exported.target, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
+            weight = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
             heads = _heads(tensor.name, values)
             ordered = weight.copy() if heads is None else halved(weight, heads)
             yield checkpoint_name(tensor.name), torch.from_numpy(ordered)

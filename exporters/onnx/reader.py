@@ -77,8 +77,15 @@ def read_quantized(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
 
 
 def _array(value: ir.Value) -> NDArray[Any]:
-    assert value.const_value is not None
-    return value.const_value.numpy()
+    """A copy; onnx_ir maps the whole data file for each tensor, and would keep it mapped while the graph lives."""
+    import onnx_ir as ir
+
+    tensor = value.const_value
+    assert tensor is not None
+    array = tensor.numpy().copy()
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return array
 
 
 def decode_all(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -105,7 +105,11 @@ class SafetensorsWriter:
 
     def __enter__(self) -> Self:
         self._stream = open(self._path, "wb")
-        self._stream.write(self.layout.header)
+        try:
+            self._stream.write(self.layout.header)
+        except OSError:
+            self._stream.close()
+            raise
         return self
 
     def __exit__(

@@ -256,12 +256,14 @@ def _perplexities(
         rounded_model(job.checkpoint, job.plan, device),
         tuned_model(artifact, device),
     )
+    reset_peak_memory()
     scores = []
     for done, model in enumerate(models):
         on_event(StageAdvanced("evaluate", done, len(models), model.name))
         scores.append(score(model, windows))
     on_event(StageAdvanced("evaluate", len(models), len(models)))
-    return Perplexities(name, scores[0].tokens, *(measured.perplexity for measured in scores))
+    of_float, rounded, tuned = (measured.perplexity for measured in scores)
+    return Perplexities(name, scores[0].tokens, of_float, rounded, tuned, peak_memory()[0])
 
 
 def _exported(
@@ -274,6 +276,7 @@ def _exported(
     exported = export(artifact, exporter, job.out / exporter.name, on_event=on_event)
     seconds, (peak, _) = time.monotonic() - started, peak_memory()
     on_event(StageStarted("verify", exporter.name))
+    reset_peak_memory()
     parity = verify_files(artifact, exporter, exported, windows, on_event)
     gentler = exporter.more_exact(job.plan)
     if parity.only_activations_failed and gentler is not None:
@@ -286,7 +289,7 @@ def _exported(
             )
         )
         return _exported(job, gentler, artifact, windows, on_event)
-    return ExportResult(exported, parity, seconds, peak)
+    return ExportResult(exported, parity, seconds, peak, peak_memory()[0])
 
 
 def verify(

@@ -29,13 +29,14 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Perplexities:
-    """Of the float, rounded and tuned model on one text; `tokens` are the scored ones."""
+    """Of the float, rounded and tuned model on one text; `tokens` are the scored ones; `peak_rss_bytes` of the runs."""
 
     text: str
     tokens: int
     float_model: float
     rounded: float
     tuned: float
+    peak_rss_bytes: int = 0
 
     @property
     def gap_closed(self) -> float:
@@ -51,17 +52,20 @@ class Perplexities:
             "rounded": self.rounded,
             "tuned": self.tuned,
             "gap_closed": self.gap_closed,
+            "peak_rss_bytes": self.peak_rss_bytes,
         }
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """One written format with its verdict, and what writing it took."""
+    """One written format with its verdict, and what writing it took. `verify_peak_rss_bytes` is of this process:
+    onnxruntime runs in it and holds the whole file, llama.cpp and the GPTQ loader have processes of their own."""
 
     exported: ExportedModel
     parity: Parity
     seconds: float
     peak_rss_bytes: int
+    verify_peak_rss_bytes: int = 0
 
 
 def build_report(
@@ -123,6 +127,7 @@ def _export_json(artifact: QuantizedCheckpoint, result: ExportResult, out: Path)
         "bits_per_weight": 8 * size / artifact.plan.parameters,
         "seconds": result.seconds,
         "peak_rss_bytes": result.peak_rss_bytes,
+        "verify_peak_rss_bytes": result.verify_peak_rss_bytes,
         "perplexity": result.parity.logits.score.perplexity if result.parity.logits else None,
         **parity_json(result.parity),
     }

@@ -226,11 +226,12 @@ class _Totals:
         perplexity = math.exp(self.likelihood / self.scored)
         if not compared:
             return Score(perplexity, self.scored, self.positions)
+        divergence = self.divergence / self.compared
         return Score(
             perplexity,
             self.scored,
             self.positions,
-            mean_kl=max(0.0, self.divergence / self.compared),
+            mean_kl=0.0 if -1e-6 < divergence < 0.0 else divergence,  # a NaN must stay one, or it would pass the gates
             top1_agreement=self.agreed / self.compared,
             max_abs_difference=self.largest,
             relative_error=math.sqrt(self.difference_square / self.reference_square),

@@ -90,6 +90,16 @@ def test_a_constant_a_position_is_no_difference() -> None:
     assert found.relative_error < 1e-6
 
 
+def test_broken_logits_do_not_look_perfect() -> None:
+    """A runtime that gives NaN must miss every gate."""
+    target, reference, windows = scripted_pair()
+    target[2, 3, 4] = float("nan")
+    found = score(Scripted(target, [5]), windows, Scripted(reference, [5]))
+    for value in (found.perplexity, found.mean_kl, found.relative_error):
+        assert value is not None
+        assert math.isnan(value)
+
+
 def test_without_a_reference_nothing_is_compared() -> None:
     target, _, windows = scripted_pair()
     found = score(Scripted(target, [5]), windows)

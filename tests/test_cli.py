@@ -1,0 +1,123 @@
+"""The command line: thin doors with the library's defaults, data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from signround import pipeline
+from signround.cli import main as cli
+from signround.cli.main import main
+from signround.cli.progress import ProgressDisplay
+from signround.events import BlockTuned, Notice, StageAdvanced, StageStarted
+
+RTN = ("--scheme", "w4g32", "--method", "rtn", "--samples", "2", "--seqlen", "16")
+Capture = pytest.CaptureFixture[str]
+
+
+def run(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [(cli.quantize, pipeline.quantize), (cli.plan, pipeline.prepare)],
+)
+def test_the_same_names_and_defaults_as_in_python(command: Any, function: Any) -> None:
+    """`quantize` on the command line and `signround.quantize` are one thing."""
+    renamed = {"setting": "options"}
+    inner = inspect.signature(function).parameters
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in ("as_json", "out") or name == "to":
+            continue
+        assert renamed.get(name, name) in inner, name
+        if parameter.default is not inspect.Parameter.empty:
+            assert inner[renamed.get(name, name)].default == parameter.default, name
+
+
+def test_json_is_alone_on_stdout(llama_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    code, stdout, stderr = run(capsys, "quantize", llama_folder, *RTN, "-o", out, "--json")
+    assert code == 0
+    assert json.loads(stdout) == json.loads((out / "report.json").read_text())
+    assert "block 2/2" in stderr
+    for command in (
+        ("plan", llama_folder, *RTN, "-o", tmp_path / "other"),
+        ("export", out / "artifact", "--to", "gguf", "-o", tmp_path / "gguf"),
+        ("inspect", out / "artifact"),
+        ("schemes",),
+    ):
+        code, stdout, _ = run(capsys, *command, "--json")
+        assert code == 0, command
+        assert json.loads(stdout)
+
+
+def test_text_for_people(llama_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    code, stdout, _ = run(capsys, "quantize", llama_folder, *RTN, "-o", out)
+    assert code == 0
+    assert "perplexity on" in stdout
+    assert f"written to {out}: report.json, report.md, report.html" in stdout.replace("\n", "")
+    code, stdout, _ = run(capsys, "export", out / "artifact", "--to", "gptq", "-o", tmp_path / "gptq")
+    assert code == 0
+    assert "model.safetensors" in stdout
+    code, stdout, _ = run(capsys, "plan", llama_folder, *RTN)
+    assert code == 0
+    assert "14 linears quantised" in stdout
+    code, stdout, _ = run(capsys, "schemes")
+    assert code == 0
+    assert any(line.split() == ["w4g32", "4.500", "gguf,", "gptq,", "onnx"] for line in stdout.splitlines())
+
+
+def test_a_failed_gate_is_exit_code_1(
+    llama_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("signround.report.passed", lambda report: False)
+    assert run(capsys, "quantize", llama_folder, *RTN, "-o", tmp_path / "out")[0] == 1
+
+
+def test_settings_of_formats() -> None:
+    assert cli._options(["gguf.float_type=f16", "onnx.accuracy_level=0", "gguf.pre=a=b"]) == {
+        "gguf": {"float_type": "f16", "pre": "a=b"}, "onnx": {"accuracy_level": "0"},
+    }  # fmt: skip
+    assert cli._options(None) == {}
+
+
+def test_a_setting_of_another_format_is_refused(llama_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    code, _, stderr = run(
+        capsys, "export", tmp_path, "--to", "gguf", "-o", tmp_path / "x", "--set", "onnx.fallback=false"
+    )
+    assert code == 2
+    assert "--set names another format than gguf" in stderr
+
+
+def test_progress_goes_to_stderr_line_by_line(capsys: Capture) -> None:
+    with ProgressDisplay() as show:
+        show(StageStarted("tune", "signround, w4g32", 2))
+        show(StageAdvanced("tune", 1, 2, "half"))
+        show(BlockTuned(0, 2, 1.5, 2.0, 1.0, {"mlp.up_proj.weight": "rounded", "mlp.gate_proj.weight": "tuned"}))
+        show(BlockTuned(1, 2, 0.0, 2.0, 1.0, {}, resumed=True))
+        show(Notice("[brackets] stay"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "block 1/2  loss 0.50 of rounding, 1.5 s, not tuned: mlp.up_proj" in captured.err
+    assert "block 2/2  kept from an earlier run" in captured.err
+    assert "[brackets] stay" in captured.err
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "export", "verify", "evaluate", "inspect", "schemes"])
+def test_every_command_has_a_help_page(capsys: Capture, command: str) -> None:
+    code, stdout, stderr = run(capsys, command, "--help")
+    assert code == 0
+    assert f"signround {command}" in stdout
+    assert stderr == ""

@@ -220,7 +220,7 @@ def self_written(
     model = model.to(settings.device)
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
     windows = torch.full((count, settings.seqlen), first, dtype=torch.int64)
-    batch = _batch_size(checkpoint.config, settings.seqlen)
+    batch = writing_batch(checkpoint.config, settings.seqlen)
     for start in range(0, count, batch):
         part = windows[start : start + batch]
         steps = _write(model, part.to(settings.device), generator)
@@ -245,9 +245,13 @@ def _write(model: Any, windows: Tensor, generator: torch.Generator) -> Iterator[
             yield column[:, 0]
 
 
-def _batch_size(config: Mapping[str, Any], seqlen: int) -> int:
-    """Windows written together: as many as a KV cache of 512 MiB (bf16) holds, at most 64."""
+def cache_bytes(config: Mapping[str, Any], seqlen: int) -> int:
+    """Key-value cache of one window in 16 bits."""
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    per_window = 2 * config["num_hidden_layers"] * heads * head_dim * seqlen * 2
-    return int(max(1, min(64, (512 << 20) // per_window)))
+    return int(2 * config["num_hidden_layers"] * heads * head_dim * seqlen * 2)
+
+
+def writing_batch(config: Mapping[str, Any], seqlen: int) -> int:
+    """Windows written together: as many as a KV cache of 512 MiB (bf16) holds, at most 64."""
+    return int(max(1, min(64, (512 << 20) // cache_bytes(config, seqlen))))

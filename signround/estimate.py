@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from signround.artifact import artifact_bytes
+from signround.calibration import EVALUATION_WINDOWS, cache_bytes, writing_batch
 from signround.pipeline import Job
+from signround.plan import ModelPlan
+from signround.runtimes.torch_blocks import LOGIT_BYTES
 
 GIB = 1 << 30
 
@@ -51,23 +54,52 @@ def describe(job: Job) -> dict[str, Any]:
 
 
 def memory_bytes(job: Job) -> dict[str, int]:
-    """Peak of each stage, the interpreter (about 0.5 GB) included."""
+    """Peak of each stage on the host, the interpreter (about 0.5 GB) included; within 1.5 of what is measured
+    (benchmarks/memory.py). None but `calibrate` with text that the model writes itself grows with the blocks."""
     plan, base = job.plan, GIB // 2
-    block = max(sum(layer.rows * layer.columns for layer in block.layers) for block in plan.blocks)
-    largest = max(math.prod(kept.shape) * kept.torch_dtype.itemsize for kept in plan.outer)
+    layer = max(layer.rows * layer.columns for layer in plan.layers())
+    outer = max(math.prod(kept.shape) * kept.torch_dtype.itemsize for kept in plan.outer)
+    return {
+        "calibrate": base + (_writing_bytes(job) if plan.calibration.source == "self" else 0),
+        "tune": base + (layer * 32 if plan.tuning.method == "rtn" else 0) + _tuning_bytes(plan),
+        "evaluate": base + _evaluation_bytes(plan, layer),
+        "export": base + 2 * max(outer, 4 * layer),
+    }
+
+
+def _block_weights(plan: ModelPlan) -> int:
+    return max(sum(layer.rows * layer.columns for layer in block.layers) for block in plan.blocks)
+
+
+def _activation_bytes(plan: ModelPlan, windows: int) -> int:
+    """What one block keeps of some windows, float32."""
+    widths = 12 * plan.architecture.hidden + 6 * plan.architecture.intermediate
+    return windows * plan.tuning.seqlen * widths * 4
+
+
+def _tuning_bytes(plan: ModelPlan) -> int:
+    if plan.tuning.method == "rtn":
+        return _block_weights(plan)  # the codes of a block; beside them one layer is being rounded
     hidden = plan.tuning.samples * plan.tuning.seqlen * plan.architecture.hidden
     hidden *= {"fp32": 4, "bf16": 2}[plan.tuning.hidden_states] * (3 if plan.tuning.method == "signround-400" else 2)
-    activations = plan.tuning.batch_size * plan.tuning.seqlen * 4 * (
-        12 * plan.architecture.hidden + 6 * plan.architecture.intermediate
-    )  # fmt: skip
-    if plan.tuning.method == "rtn":
-        hidden = activations = 0
-    return {
-        # weight, V, its best copy, gradients and the chain of the fake quantiser: about twelve float32 a weight
-        "tune": base + 12 * 4 * block + hidden + activations,
-        "export": base + 2 * max(largest, 4 * max(layer.rows * layer.columns for layer in plan.layers())),
-        "calibrate": base + (plan.parameters * 2 + GIB if plan.calibration.source == "self" else 0),
-    }
+    # weight, V, its best copy, gradients and the chain of the fake quantiser: about twelve float32 a weight
+    return 12 * 4 * _block_weights(plan) + hidden + _activation_bytes(plan, plan.tuning.batch_size)
+
+
+def _evaluation_bytes(plan: ModelPlan, layer: int) -> int:
+    """A float32 block, one layer being rounded or decoded, the head, a batch of logits and their probabilities."""
+    window = plan.tuning.seqlen * plan.architecture.vocabulary * 4
+    logits = min(EVALUATION_WINDOWS * window, max(LOGIT_BYTES, window)) + 3 * window
+    head = plan.architecture.vocabulary * plan.architecture.hidden * 4
+    return 4 * _block_weights(plan) + 16 * layer + head + logits + _activation_bytes(plan, 8) // 2
+
+
+def _writing_bytes(job: Job) -> int:
+    """The whole model in its own dtype, the key-value cache and what it is copied to, logits and probabilities."""
+    config, seqlen = job.checkpoint.config, job.plan.tuning.seqlen
+    batch = writing_batch(config, seqlen)
+    weights = sum(info.bytes for info in job.checkpoint.tensors.values())
+    return weights + 2 * batch * cache_bytes(config, seqlen) + 4 * batch * job.plan.architecture.vocabulary * 4
 
 
 def tuning_seconds(job: Job) -> float:

@@ -31,6 +31,7 @@ FORMATS = ("gguf", "onnx", "gptq")
 STAGES = (
     "plan",
     "tune",
+    "tune own text",
     "evaluate float",
     "evaluate rounded",
     "evaluate tuned",
@@ -58,6 +59,14 @@ def stage_tune(model: Path, out: Path) -> None:
     from signround.pipeline import tune
 
     tune(prepared(model, out))
+
+
+def stage_tune_own_text(model: Path, out: Path) -> None:
+    """Rounding alone, the lightest work there is, after the whole model wrote its own text: `tune` starts a new
+    measurement in between, so a model that stays resident shows."""
+    from signround.pipeline import prepare, tune
+
+    tune(prepare(model, SCHEME, out.parent / "own-text", method="rtn", calibration="self", samples=4, seqlen=16))
 
 
 def stage_evaluate(model: Path, out: Path, which: str) -> None:
@@ -110,7 +119,7 @@ def stage(name: str) -> Callable[[Path, Path], None]:
     kind, _, which = name.partition(" ")
     return {
         "plan": stage_plan,
-        "tune": stage_tune,
+        "tune": stage_tune_own_text if which else stage_tune,
         "evaluate": lambda model, out: stage_evaluate(model, out, which),
         "export": lambda _, out: stage_export(out, which),
         "check": lambda _, out: stage_check(out, which),
@@ -152,13 +161,13 @@ def measure(name: str, model: Path, out: Path, tiny: Path) -> dict[str, float]:
     work = stage(name)
     with tempfile.TemporaryDirectory(dir=tiny.parent) as scratch:
         warm = tiny / "out"
-        if name in ("plan", "tune"):
+        if name.startswith(("plan", "tune")):
             warm = Path(scratch) / "out"
             (Path(scratch) / "calibration.txt").write_text((tiny / "calibration.txt").read_text())
         with ChildrenPeak() as children_before:
             work(tiny / "model", warm)
-    before = psutil.Process().memory_info().rss
     reset_peak_memory()
+    before = psutil.Process().memory_info().rss
     started = time.monotonic()
     with ChildrenPeak() as children:
         work(model, out)
@@ -172,9 +181,9 @@ def measure(name: str, model: Path, out: Path, tiny: Path) -> dict[str, float]:
 
 def in_fresh_process(name: str, home: Path, tiny: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--stage", name, "--home", str(home), "--tiny", str(tiny)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{name} failed on {home.name}")
+        sys.exit(f"{name} failed on {home.name}:\n{done.stderr}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -192,8 +201,8 @@ def write_home(home: Path, layers: int, hidden: int, intermediate: int) -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, default=2816)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=1408)
     parser.add_argument("--folder", type=Path, default=None, help="where the models go (default: a temporary folder)")
     parser.add_argument("--only", action="append", help="stages to run (those they need must have run in --folder)")
     parser.add_argument("--json", type=Path, help="also write the rows here")

@@ -26,11 +26,14 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes of one thread each: small matrices gain nothing from threads, and lose much where cores are shared.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 benchmarks: .venv/.installed-dev
 	$(BIN)/python benchmarks/quality.py examples/llama-4m --scheme w2g64 --scheme w4g32 \

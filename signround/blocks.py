@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Architecture, read_architecture
+from signround.errors import refuse
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -45,7 +46,15 @@ class DecoderBlocks:
         return block.requires_grad_(False).eval()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [windows, tokens] -> float32 [windows, tokens, hidden] on the CPU."""
+        """int64 [windows, tokens] -> float32 [windows, tokens, hidden] on the CPU. Raises RefusedError for a token
+        that the embedding does not have (tokenizers may know more tokens than the model was given rows)."""
+        last = int(tokens.max())
+        if last >= self.architecture.vocabulary:
+            raise refuse(
+                f"the text holds token {last}, the embedding has {self.architecture.vocabulary} rows",
+                "check that tokenizer and weights belong together",
+                EMBEDDING,
+            )
         return nn.functional.embedding(tokens, self.read(EMBEDDING)).float()
 
     def run(

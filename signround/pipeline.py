@@ -61,7 +61,7 @@ class Job:
 def prepare(
     model: str | Path,
     scheme: str,
-    out: str | Path,
+    out: str | Path | None,
     to: Sequence[str] = (),
     *,
     method: str = "signround",
@@ -75,7 +75,10 @@ def prepare(
     device: str = "cpu",
     options: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Job:
-    """Resolve a request into a job. Raises RefusedError with every reason at once; does no work."""
+    """Resolve a request into a job. Raises RefusedError with every reason at once; does no work.
+
+    Without `out` the output folder is not looked at (the job then names `out`): a plan needs none.
+    """
     checkpoint = SourceCheckpoint(model)
     exporters = make_exporters(to, options)
     architecture = read_architecture(checkpoint.config)
@@ -87,7 +90,8 @@ def prepare(
     floor = max((exporter.zero_floor for exporter in exporters), default=0)
     plan = make_plan(checkpoint, scheme, tuning, read_spec(calibration), floor)
     refusals = [refusal for exporter in exporters for refusal in _format_refusals(exporter, plan)]
-    refusals += _output_refusals(Path(out), plan, () if refusals else exporters)
+    if out is not None:
+        refusals += _output_refusals(Path(out), plan, () if refusals else exporters)
     refusals += _self_writing_refusals(checkpoint, calibration)
     refusals += checkpoint.non_finite()
     tokens = None
@@ -99,7 +103,7 @@ def prepare(
         refusals += error.refusals
     if refusals:
         raise RefusedError(list(dict.fromkeys(refusals)))
-    return Job(checkpoint, plan, exporters, calibration, Path(out), tokens)
+    return Job(checkpoint, plan, exporters, calibration, Path(out or "out"), tokens)
 
 
 def tune(job: Job, on_event: Listener = silent) -> QuantizedCheckpoint:

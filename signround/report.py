@@ -7,6 +7,7 @@ the job.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -141,7 +142,8 @@ def parity_json(parity: Parity) -> dict[str, Any]:
             "reader": weights.reader,
             "tensors": weights.tensors,
             "exact": weights.exact,
-            "worst_abs_difference": weights.worst_abs_difference,
+            # a missing or misshapen tensor differs without bound, and JSON has no infinity
+            "worst_abs_difference": worst if math.isfinite(worst := weights.worst_abs_difference) else None,
             "missing": list(weights.missing),
             "different": list(weights.different),
             "passed": weights.passed,
@@ -207,9 +209,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def failed(report: Mapping[str, Any]) -> list[str]:
+    """The formats that missed a gate."""
+    return [name for name, export in report["exports"].items() if not export["passed"]]
+
+
 def passed(report: Mapping[str, Any]) -> bool:
     """Whether every gate of every export passed."""
-    return all(export["passed"] for export in report["exports"].values())
+    return not failed(report)
 
 
 COLUMNS = ("format", "size", "bits/weight", "perplexity in the runtime", "tuned, same tokens", "mean KL", "top-1",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from signround.blocks import DecoderBlocks
 from signround.checkpoint import SourceCheckpoint
+from signround.errors import RefusedError
 from signround.runtimes import torch_blocks
 from signround.runtimes.torch_blocks import float_model
 from tests.small_models import FAMILIES, write_small_model
@@ -130,3 +131,10 @@ def test_run_all_works_in_place_in_any_batch(llama_folder: Path) -> None:
     expected = blocks.run(block, hidden, 0)
     blocks.run_all(block, hidden, 0, batch=2)
     assert relative_error(hidden, expected) < 1e-6
+
+
+def test_a_token_without_a_row_is_one_sentence(tmp_path: Path) -> None:
+    checkpoint = SourceCheckpoint(write_small_model(tmp_path))
+    blocks = DecoderBlocks(checkpoint.config, checkpoint.read)
+    with pytest.raises(RefusedError, match="the text holds token 512, the embedding has 512 rows"):
+        blocks.embed(torch.tensor([[1, 512]]))

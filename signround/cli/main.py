@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from signround.errors import RefusedError, SignroundError, refuse
+from signround.errors import FailedError, RefusedError, SignroundError, refuse
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,7 +81,9 @@ def quantize(
     else:
         print_report(result, str(out))
     if not report.passed(result):
-        raise typer.Exit(1)
+        raise FailedError(
+            f"{' and '.join(report.failed(result))} missed a gate; {out / 'report.md'} says which and why."
+        )
 
 
 @app.command()
@@ -89,7 +91,7 @@ def plan(
     model: Model,
     scheme: Scheme,
     to: To = None,
-    out: Out = Path("out"),
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also check that this folder can be written.")] = None,
     method: Method = "signround",
     recipe: Recipe = "default",
     calibration: Calibration = "self",
@@ -161,7 +163,7 @@ def verify(
     else:
         print_lines(parity_lines(parity))
     if not parity.passed:
-        raise typer.Exit(1)
+        raise FailedError(f"{target} is not the tuned model, or its runtime strays too far from it; see above.")
 
 
 @app.command()

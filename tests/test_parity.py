@@ -222,7 +222,7 @@ def test_a_runtime_that_is_not_installed_is_told(
     (exporter,) = make_exporters(["onnx"])
 
     @contextmanager
-    def absent(target: Path) -> Iterator[Runtime]:
+    def absent(target: Path, _: object) -> Iterator[Runtime]:
         raise refuse("running ONNX files needs onnxruntime, which is not installed", "pip install it", "onnx")
         yield
 

@@ -110,13 +110,13 @@ class Timed(TorchBlocks):
         return MEASURED
 
 
-Run = tuple[str, Callable[[Path], AbstractContextManager[TorchBlocks]], Gate]
+Run = tuple[str, Callable[[Path, object], AbstractContextManager[TorchBlocks]], Gate]
 
 
 def runs_of(**runtimes: TorchBlocks) -> tuple[Run, ...]:
-    def opened(runtime: TorchBlocks) -> Callable[[Path], AbstractContextManager[TorchBlocks]]:
+    def opened(runtime: TorchBlocks) -> Callable[[Path, object], AbstractContextManager[TorchBlocks]]:
         @contextmanager
-        def open_it(target: Path) -> Iterator[TorchBlocks]:
+        def open_it(target: Path, _: object) -> Iterator[TorchBlocks]:
             yield runtime
 
         return open_it

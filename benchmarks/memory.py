@@ -6,14 +6,16 @@ Each stage runs in a fresh process through the real pipeline. It first runs on a
 pool is there, then the high-water mark of the operating system (VmHWM) is reset and the stage runs on the real one;
 the table shows what it took on top of what was resident before. Processes that a stage starts (independent readers)
 are watched too, from their own first moment. Ends with code 1 when 32 layers take more than LIMIT times the memory of
-8 layers in any stage: memory must be bounded by one block or one tensor. The last stage, running the files in their
-runtimes, is not judged: a runtime holds the whole file.
+8 layers (and NOISE_BYTES) in any stage: memory must be bounded by one block or one tensor. A stage that seems to grow
+is run once more, at both sizes, and the lower figures count. The last stages, running the files in their runtimes, are
+not judged: a runtime holds the whole file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -38,6 +40,7 @@ STAGES = (
     *(f"{work} {name}" for name in FORMATS for work in ("export", "check")),
     *(f"run {name}" for name in FORMATS),
 )
+PARTS = ("own", "children")
 LIMIT = 1.25
 NOISE_BYTES = 16 << 20  # differences below this say nothing: arenas, buffers of files, a page cache of one tensor
 SCHEME = "w4g32"
@@ -181,7 +184,9 @@ def measure(name: str, model: Path, out: Path, tiny: Path) -> dict[str, float]:
 
 def in_fresh_process(name: str, home: Path, tiny: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--stage", name, "--home", str(home), "--tiny", str(tiny)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Threads that wait by spinning take 20 times as long when other work shares the processor (libgomp's default).
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed on {home.name}:\n{done.stderr}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -222,6 +227,10 @@ def main() -> None:
         table(args, folder)
 
 
+def is_bounded(few: float, many: float) -> bool:
+    return many <= LIMIT * few + NOISE_BYTES
+
+
 def table(args: argparse.Namespace, folder: Path) -> None:
     homes = {layers: folder / f"{layers}-layers" for layers in LAYERS}
     tiny = folder / "tiny"
@@ -238,14 +247,18 @@ def table(args: argparse.Namespace, folder: Path) -> None:
     print(f"{'MB above idle':18} {f'{few} layers':>10} {f'{many} layers':>10} {'ratio':>7} {'seconds':>15}  bounded by")
     rows, failed = [], []
     for name in args.only or STAGES:
+        judged = not name.startswith("run")
         found = {layers: in_fresh_process(name, home, tiny) for layers, home in homes.items()}
-        for part in ("own", "children"):
+        if judged and not all(is_bounded(found[few][part], found[many][part]) for part in PARTS):
+            for layers, home in homes.items():  # the heap's luck differs between two runs; what is needed does not
+                again = in_fresh_process(name, home, tiny)
+                found[layers] |= {part: min(found[layers][part], again[part]) for part in PARTS}
+        for part in PARTS:
             low, high = found[few][part], found[many][part]
             if part == "children" and max(low, high) < NOISE_BYTES:
                 continue
             ratio = high / max(low, 1)
-            judged = not name.startswith("run")
-            bounded = high <= LIMIT * low + NOISE_BYTES
+            bounded = is_bounded(low, high)
             if judged and not bounded:
                 failed.append(name)
             label = name if part == "own" else f"  {name.split()[-1]}'s reader"

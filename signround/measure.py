@@ -15,10 +15,9 @@ _STATUS = Path("/proc/self/status")
 def reset_peak_memory() -> None:
     """Start a new measurement. Linux resets its high-water mark; elsewhere the peak of the whole process remains.
 
-    What earlier stages freed goes back to the system first: glibc keeps freed blocks below its growing threshold, so
-    that a model that wrote its own calibration text would otherwise stay resident, whole, for the rest of the job.
+    What earlier stages freed goes back to the system first.
     """
-    _return_freed_memory()
+    return_freed_memory()
     if _CLEAR.exists():
         _CLEAR.write_text("5")
     torch = sys.modules.get("torch")
@@ -26,8 +25,12 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _return_freed_memory() -> None:
-    """glibc's malloc_trim; other C libraries have none and return pages on their own."""
+def return_freed_memory() -> None:
+    """Give the pages of freed blocks back to the system (glibc's malloc_trim; other C libraries do so on their own).
+
+    glibc keeps what is freed below a threshold that grows with use: a model that wrote its own calibration text would
+    stay resident, whole, for the rest of the job, and a third of a block between blocks.
+    """
     if sys.platform != "linux":
         return
     try:

@@ -17,7 +17,7 @@ from signround.artifact import ArtifactWriter, BlockRecord, QuantizedCheckpoint
 from signround.blocks import DecoderBlocks
 from signround.checkpoint import SourceCheckpoint
 from signround.events import BlockTuned, Listener, StageAdvanced
-from signround.measure import peak_memory
+from signround.measure import peak_memory, return_freed_memory
 from signround.plan import BlockPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 from signround.tuning.layer import TunedLayer
@@ -64,6 +64,7 @@ class TuningChain:
 
     def _block(self, plan: BlockPlan, float_chain: Tensor, quantized_chain: Tensor) -> tuple[Tensor, Tensor]:
         started = time.monotonic()
+        return_freed_memory()
         committed = self.writer.has_block(plan.index)
         block = self.blocks.block(plan.index)
         inputs = quantized_chain if self.descent.quantized_inputs else float_chain.clone()

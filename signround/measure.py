@@ -29,7 +29,7 @@ def return_freed_memory() -> None:
     """Give the pages of freed blocks back to the system (glibc's malloc_trim; other C libraries do so on their own).
 
     glibc keeps what is freed below a threshold that grows with use: a model that wrote its own calibration text would
-    stay resident, whole, for the rest of the job, and a third of a block between blocks.
+    stay resident, whole, for the rest of the job.
     """
     if sys.platform != "linux":
         return

@@ -24,14 +24,8 @@ from signround.grid import (
 from signround.qtensor import QuantizedTensor
 from tests.small_artifacts import rounded_tensor
 
-SUPER = {
-    "q2_k": Grid(bits=2, group=16, zero="minimum", super_block=SuperBlock(4, 16, signed=False)),
-    "q3_k": Grid(bits=3, group=16, super_block=SuperBlock(6, 16, signed=True)),
-    "q4_k": Grid(bits=4, group=32, zero="minimum", super_block=SuperBlock(6, 8, signed=False)),
-    "q5_k": Grid(bits=5, group=32, zero="minimum", super_block=SuperBlock(6, 8, signed=False)),
-    "q6_k": Grid(bits=6, group=16, super_block=SuperBlock(8, 16, signed=True)),
-}
-GRIDS = {name: grid_for(name) for name in scheme_names()} | SUPER
+SUPER = {name: grid_for(name) for name in scheme_names() if grid_for(name).super_block}
+GRIDS = {name: grid_for(name) for name in scheme_names()}
 GRIDS |= {f"{name} floor 1": grid_for(name, zero_floor=1) for name in scheme_names() if name.endswith("-asym")}
 MAGNITUDES = (1e-8, 1e-6, 1e-3, 1.0, 300.0, 1e30)
 EPSILON = 2.0**-10  # a scale rounded to fp16 is off by at most 2^-11 of itself, twice that through a quotient

@@ -1,8 +1,8 @@
 """How much each input of a weight matters: its mean square over the calibration text, as importance matrices hold it.
 
 llama.cpp keeps two numbers for every weight (`tools/imatrix`): the sum of the squares of each input over all tokens
-that reached the weight, and how many tokens those were. This module holds them under checkpoint names; it reads and writes
-no files (an exporter that is an `ImportanceFiles` does) and measures nothing (the calibration pass does).
+that reached the weight, and how many tokens those were. This module holds them under checkpoint names; it reads and
+writes no files (an exporter that is an `ImportanceFiles` does) and measures nothing (the calibration pass does).
 """
 
 from __future__ import annotations

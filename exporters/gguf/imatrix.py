@@ -10,7 +10,8 @@ GGUF form (`tools/imatrix/imatrix.cpp`, `common/imatrix-loader.cpp`), byte for b
 then optionally the number of chunks, and the length and name of the data set.
 
 Stacked experts are one GGUF tensor, whatever the checkpoint calls its parts. Rows of q and k that llama.cpp reorders
-have the same inputs, so nothing is reordered here. Never invents a number: what is missing or of another length is refused by name.
+have the same inputs, so nothing is reordered here. Never invents a number: what is missing or of another length is
+refused by name.
 """
 
 from __future__ import annotations
@@ -174,9 +175,9 @@ def _squares(name: str, sums: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Inp
     """Checked at birth; the error names the tensor."""
     if not (np.isfinite(counts).all() and len(counts) and len(sums) % len(counts) == 0):
         raise ValueError(f"{name}: {len(sums)} sums do not go with counts {counts[:3].tolist()}")
-    rounded = torch.from_numpy(np.rint(counts).astype(np.int64))
+    whole = torch.from_numpy((counts + 0.5).astype(np.int64))  # counts are whole numbers in float32
     try:
-        return InputSquares(torch.from_numpy(sums.astype(np.float32)).reshape(len(counts), -1), rounded)
+        return InputSquares(torch.from_numpy(sums.astype(np.float32)).reshape(len(counts), -1), whole)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -7,7 +7,7 @@ has no place for, and tokenizers that it would run otherwise.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,34 +16,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.gguf.card import read_card
 from exporters.gguf.container import GgufFile
 from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
-from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
+from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
 from exporters.gguf.names import ROPE_FACTORS, checkpoint_name, halved, rotated_heads
+from exporters.gguf.naming import file_stem
 from exporters.gguf.packing import BLOCK, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
+from exporters.gguf.splits import Part, size_in_bytes, split_problem
 from exporters.gguf.tokenizer import read_tokenizer
 from exporters.gguf.vocabulary import CarriedTokenizer
-from exporters.gguf.writer import planned_bytes, write_gguf
+from exporters.gguf.writer import UNKNOWN, planned_parts, write_part
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
 from signround.exporting import ExportedModel, missing_packages
-from signround.files import written_whole
+from signround.files import PARTIAL, files_written_whole
 from signround.grid import Grid
 from signround.importance import Importance
 from signround.plan import LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.gguf_files import is_version_of, model_files, part_name
 
 
 @dataclass(frozen=True)
 class GgufExporter:
     """`float_type`: dtype of unquantised matrices, one of auto (each its own), f32, f16, bf16. `pre`: llama.cpp's
-    name of the tokenizer's splitting rule, auto to find it."""
+    name of the tokenizer's splitting rule, auto to find it. `split_max_size`: no file larger than this (2G, 500M, 64K;
+    decimal), empty for one file."""
 
     float_type: str = AUTO
     pre: str = AUTO_PRE
+    split_max_size: str = ""
 
     @property
     def name(self) -> str:
@@ -64,10 +70,10 @@ class GgufExporter:
         """Grids without a block type (equal reasons over layers become one), tensors, options, tokenizer."""
         found = self._option_refusals() + _grid_refusals(plan) + _tensor_refusals(plan)
         try:
-            self._tokenizer(plan)
+            tokenizer = self._tokenizer(plan)
         except RefusedError as error:
-            found += error.refusals
-        return found
+            return found + list(error.refusals)
+        return found or self._split_refusals(plan, tokenizer)
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """What grows, what llama.cpp ignores, and how its tokenizer differs."""
@@ -80,56 +86,75 @@ class GgufExporter:
             )
         if self.float_type != AUTO:
             found.append(f"gguf: unquantised matrices are stored as {self.float_type}")
+        problem = read_card(plan.files).problem
+        if problem:
+            found.append(f"gguf: {problem}")
         with contextlib.suppress(RefusedError):  # `refusals` names it
             found += [f"gguf: {note}" for note in self._tokenizer(plan).notes]
         return found
 
     def estimated_bytes(self, plan: ModelPlan) -> int:
         """The exact size."""
-        return planned_bytes(plan, self._tokenizer(plan), self.float_type)
+        return sum(part.bytes for part in self._parts(plan, self._tokenizer(plan)))
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
-        """Write `<model>-<scheme>.gguf` into `out`. Raises FailedError when the disk is full or a matrix overflows."""
+        """Write `<name>-<size>-<scheme>.gguf` into `out`, or its parts: all of them or none. Files of an earlier export
+        of the same name in another number of parts are removed.
+
+        Raises FailedError when the disk is full or a matrix overflows.
+        """
         plan = artifact.plan
-        target = out / f"{plan.model}-{plan.scheme}.gguf"
-        tokenizer = self._tokenizer(plan)
-        total = len(layout(plan, self.float_type))
-        on_event(StageStarted("export", f"gguf: {target.name}", total))
-        with written_whole(target) as temporary, open(temporary, "wb") as stream:
-            names = write_gguf(
-                stream,
-                plan,
-                tokenizer=tokenizer,
-                fingerprint=artifact.fingerprint,
-                float_type=self.float_type,
-                quantized=artifact.quantized,
-                kept=artifact.tensor,
-            )
-            for done, name in enumerate(names, 1):
-                on_event(StageAdvanced("export", done, total, name))
-        return ExportedModel(self.name, target, (target,), self._kept_dtype(self.float_type))
+        stem = file_stem(plan.model, plan.parameters, plan.scheme)
+        parts = self._parts(plan, self._tokenizer(plan), artifact.fingerprint)
+        files = tuple(out / part_name(stem, index, len(parts)) for index in range(len(parts)))
+        total = sum(len(part.tensors) for part in parts)
+        done = 0
+        on_event(StageStarted("export", f"gguf: {files[0].name}", total))
+        with files_written_whole(files, _other_versions(out, stem, files)) as temporaries:
+            for part, temporary in zip(parts, temporaries, strict=True):
+                with open(temporary, "wb") as stream:
+                    for name in write_part(
+                        stream,
+                        part,
+                        plan,
+                        float_type=self.float_type,
+                        quantized=artifact.quantized,
+                        kept=artifact.tensor,
+                    ):
+                        done += 1
+                        on_event(StageAdvanced("export", done, total, name))
+        return ExportedModel(self.name, files[0], files, self._kept_dtype(self.float_type))
 
     def opened(self, target: Path) -> ExportedModel:
-        """A .gguf file, or the folder that holds exactly one. Raises RefusedError when signround did not write it."""
-        path = _only_file(target)
-        values = _parsed(path).values
+        """A .gguf file, the first of several parts, or the folder that holds exactly one model. Raises RefusedError
+        when signround did not write it, or when parts are missing or of another export."""
+        paths = model_files(target)
+        files = [_parsed(path) for path in paths]
+        values = files[0].values
         if GRIDS not in values or FLOAT_TYPE not in values:
-            raise refuse("the file was not written by signround", "give one that `signround export` wrote", str(path))
-        return ExportedModel(self.name, path, (path,), self._kept_dtype(values[FLOAT_TYPE]))
+            raise refuse(
+                "the file was not written by signround", "give one that `signround export` wrote", str(paths[0])
+            )
+        problem = split_problem(files)
+        if problem is not None:
+            raise refuse(problem, "put the parts of one export together, or export again", str(paths[0]))
+        return ExportedModel(self.name, paths[0], paths, self._kept_dtype(values[FLOAT_TYPE]))
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
-        file = _parsed(exported.target)
-        grids = grids_of(file.values)
-        for name, entry in file.tensors.items():
-            if name in grids:
+        parts = [_parsed(path) for path in exported.files]
+        values = parts[0].values
+        grids = grids_of(values)
+        for file in parts:
+            for name in [name for name in file.tensors if name in grids]:
+                entry = file.tensors[name]
                 raw = file.data(name).reshape(entry.shape[0], -1)
-                heads = _heads(name, file.values)
+                heads = _heads(name, values)
                 ordered = raw if heads is None else halved(raw, heads)
                 try:
                     yield checkpoint_name(name), unpack(ordered, grids[name], entry.shape[1])
                 except ValueError as error:
-                    raise FailedError(f"{exported.target}: {name} is damaged ({error}); export it again.") from error
+                    raise FailedError(f"{file.path}: {name} is damaged ({error}); export it again.") from error
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
         """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it."""
@@ -139,14 +164,15 @@ class GgufExporter:
         from gguf import GGUFReader
         from gguf.quants import dequantize
 
-        reader = GGUFReader(exported.target)
-        values = {key: field.contents() for key, field in reader.fields.items() if "head_count" in key or "arch" in key}
-        for tensor in reader.tensors:
+        readers = {path: GGUFReader(path) for path in exported.files}
+        fields = readers[exported.target].fields.items()
+        values = {key: field.contents() for key, field in fields if "head_count" in key or "arch" in key}
+        for path, tensor in ((path, tensor) for path, reader in readers.items() for tensor in reader.tensors):
             if tensor.name == ROPE_FACTORS:
                 continue
             shape = [int(size) for size in tensor.shape[::-1]]
             # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
-            raw = np.fromfile(exported.target, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
+            raw = np.fromfile(path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
             weight = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
             heads = _heads(tensor.name, values)
             ordered = weight.copy() if heads is None else halved(weight, heads)
@@ -165,11 +191,29 @@ class GgufExporter:
     def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
         return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)
 
+    def _parts(self, plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str = UNKNOWN) -> list[Part]:
+        limit = size_in_bytes(self.split_max_size) if self.split_max_size else None
+        return planned_parts(plan, tokenizer, self.float_type, limit, fingerprint)
+
+    def _split_refusals(self, plan: ModelPlan, tokenizer: CarriedTokenizer) -> list[Refusal]:
+        """A limit that the largest tensor, or the metadata with the first one, goes beyond."""
+        try:
+            self._parts(plan, tokenizer)
+        except ValueError as error:
+            return [Refusal(f"split_max_size is too small: {error}", "choose at least that", "gguf")]
+        return []
+
     def _option_refusals(self) -> list[Refusal]:
-        if self.float_type in (AUTO, *FLOAT_TYPES):
-            return []
-        allowed = ", ".join((AUTO, *FLOAT_TYPES))
-        return [Refusal(f"float_type {self.float_type!r} is not known", f"choose one of {allowed}", "gguf.float_type")]
+        found = []
+        if self.float_type not in (AUTO, *FLOAT_TYPES):
+            allowed = ", ".join((AUTO, *FLOAT_TYPES))
+            problem = f"float_type {self.float_type!r} is not known"
+            found.append(Refusal(problem, f"choose one of {allowed}", "gguf.float_type"))
+        try:
+            size_in_bytes(self.split_max_size or "1G")
+        except ValueError as error:
+            found.append(Refusal(f"split_max_size {error}", "give a number and a unit: 2G, 500M", "gguf"))
+        return found
 
     @staticmethod
     def _kept_dtype(float_type: str) -> torch.dtype | None:
@@ -221,14 +265,11 @@ def _heads(name: str, values: dict[str, Any]) -> int | None:
     return rotated_heads(name, architecture, heads, values[f"{architecture}.attention.head_count_kv"])
 
 
-def _only_file(target: Path) -> Path:
-    if not target.is_dir():
-        return target
-    files = sorted(target.glob("*.gguf"))
-    if len(files) != 1:
-        found = ", ".join(path.name for path in files) or "none"
-        raise refuse(f"the folder must hold exactly one .gguf file, found {found}", "name the file", str(target))
-    return files[0]
+def _other_versions(out: Path, stem: str, files: Sequence[Path]) -> list[Path]:
+    """What earlier exports of this model left in `out` under names that this one does not use."""
+    used = {path.name for path in files} | {f"{PARTIAL}{path.name}" for path in files}
+    found = out.iterdir() if out.is_dir() else ()
+    return [path for path in found if is_version_of(path.name, stem) and path.name not in used]
 
 
 def _parsed(path: Path) -> GgufFile:

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from exporters.gguf import metadata
-from exporters.gguf.container import KeyValue, TensorEntry, file_bytes, write
+from exporters.gguf.container import KeyValue, TensorEntry, write
 from exporters.gguf.layout import Slot, file_type, float_bytes, float_type_of, layout
 from exporters.gguf.names import interleaved, rotated_heads_of
 from exporters.gguf.packing import pack
+from exporters.gguf.splits import Part, split
 from exporters.gguf.vocabulary import CarriedTokenizer
 from signround.errors import FailedError
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 
-FINGERPRINT_LENGTH = 64
+UNKNOWN = "0" * 64  # stands for the fingerprint of an artifact that is not tuned yet
 
 
 def entries_of(plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str, float_type: str) -> list[KeyValue]:
@@ -36,10 +37,12 @@ def entries_of(plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str, f
     ]
 
 
-def planned_bytes(plan: ModelPlan, tokenizer: CarriedTokenizer, float_type: str) -> int:
-    """Exact size of the file to come."""
-    entries = entries_of(plan, tokenizer, "0" * FINGERPRINT_LENGTH, float_type)
-    return file_bytes(entries, [slot.entry for slot in layout(plan, float_type)])
+def planned_parts(
+    plan: ModelPlan, tokenizer: CarriedTokenizer, float_type: str, limit: int | None, fingerprint: str = UNKNOWN
+) -> list[Part]:
+    """The files to come, with their exact sizes. Raises ValueError when a tensor does not fit into `limit` bytes."""
+    entries = entries_of(plan, tokenizer, fingerprint, float_type)
+    return split(entries, [slot.entry for slot in layout(plan, float_type)], limit)
 
 
 def write_gguf(
@@ -48,6 +51,20 @@ def write_gguf(
     *,
     tokenizer: CarriedTokenizer,
     fingerprint: str,
+    float_type: str,
+    quantized: Callable[[str], QuantizedTensor],
+    kept: Callable[[str], Tensor],
+) -> Iterator[str]:
+    """The whole model as one file: `write_part` of the only part."""
+    (part,) = planned_parts(plan, tokenizer, float_type, None, fingerprint)
+    yield from write_part(stream, part, plan, float_type=float_type, quantized=quantized, kept=kept)
+
+
+def write_part(
+    stream: IO[bytes],
+    part: Part,
+    plan: ModelPlan,
+    *,
     float_type: str,
     quantized: Callable[[str], QuantizedTensor],
     kept: Callable[[str], Tensor],
@@ -61,8 +78,7 @@ def write_gguf(
     def data(entry: TensorEntry) -> npt.NDArray[Any]:
         return _data(slots[entry.name], plan, float_type, quantized, kept)
 
-    entries = entries_of(plan, tokenizer, fingerprint, float_type)
-    for entry in write(stream, entries, [slot.entry for slot in slots.values()], data):
+    for entry in write(stream, part.entries, part.tensors, data):
         yield entry.name
 
 

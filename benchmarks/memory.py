@@ -8,7 +8,8 @@ the table shows what it took on top of what was resident before. Processes that 
 are watched too, from their own first moment. Ends with code 1 when 32 layers take more than LIMIT times the memory of
 8 layers (and NOISE_BYTES) in any stage: memory must be bounded by one block or one tensor. Every judged stage runs
 ROUNDS times at each size, each time from nothing, and the lowest peak counts: fragments of the heap add to what a stage
-needs and never take away from it. The last stages, running the files in their runtimes, are not judged: a runtime holds the whole file.
+needs and never take away from it. The last stages, running the files in their runtimes, are not judged: a runtime holds
+the whole file.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from signround.formats import grid_for, scheme_names
 from signround.grid import (
     Grid,
-    SuperBlock,
     grouped,
     half_through,
     round_through,

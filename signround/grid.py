@@ -7,9 +7,9 @@ Four verbs and no others, all differentiable through straight-through estimators
     codes   weight, fields, offset V     -> integer codes
     decode  codes, fields                -> weight, in the runtime's order of operations (bit-exact with it)
 
-Three choices tell all grids apart: how scales are stored (`direct`: one fp16 a group; two-level: a small integer a group
-times one fp16 a super-block; power of two: one exponent a group), what zero means (`centre`: a constant; `point`: a
-stored integer; `minimum`: a stored float that is subtracted), and where the levels lie (evenly, or as a codebook says).
+Three choices tell all grids apart: how scales are stored (`direct`: one fp16 a group; two-level: an integer a group
+times one fp16 a super-block; power of two: an exponent a group), what zero means (`centre`: a constant; `point`: a
+stored integer; `minimum`: a stored float that is subtracted), and where the levels lie (evenly, or by a codebook).
 The grid knows neither file formats nor models.
 
 Tensors inside the grid are grouped: a weight [rows, columns] becomes [rows, groups, group] (`grouped`), the last group
@@ -29,7 +29,7 @@ Zero = Literal["centre", "point", "minimum"]
 Fields = Mapping[str, Tensor]
 HALF_MAX = 65504.0
 # Levels of the codebook grids in ascending order; a code is a rank in this order. `iq4`: ggml's kvalues_iq4nl, the
-# file's own index. `e2m1`: the values of OCP's FP4 times two, as ggml has them; the file's two zeros are one level here.
+# file's own index. `e2m1`: the values of OCP's FP4 times two, as ggml has them; its two zeros are one level here.
 CODEBOOKS: dict[str, tuple[int, ...]] = {
     "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "e2m1": (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12),
@@ -195,8 +195,8 @@ class Grid:
     def snap(self, scale: Tensor, minimum: Tensor | None, shared: Fields | None = None) -> dict[str, Tensor]:
         """Round real scale and minimum [rows, groups] to what a file can hold.
 
-        `shared` gives a two-level grid its super-scales, `scale_super` and `minimum_super` [rows, super-blocks]; without
-        it the extreme group of each super-block sets them.
+        `shared` gives a two-level grid its super-scales, `scale_super` and `minimum_super` [rows, super-blocks];
+        without it the extreme group of each super-block sets them.
         """
         if self.power_of_two:
             return {"exponent": power_through(scale)[1]}

@@ -22,8 +22,9 @@ from signround.plan import BlockPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
-from signround.tuning.rtn import plain_range, rounded, searched_range
+from signround.tuning.rtn import rounded
 from signround.tuning.signround import SignDescent, descent_for
+from signround.tuning.start import plain_start, searched_start
 
 
 class TuningChain:
@@ -116,10 +117,10 @@ class TuningChain:
             name = layer.name.removeprefix(prefix)
             weight = block.get_parameter(name)
             if name in importance:
-                low, high = searched_range(layer.grid, weight, importance[name])
+                start = searched_start(layer.grid, weight, importance[name])
             else:
-                low, high = plain_range(layer.grid, weight)
-            layers[name] = TunedLayer(layer.grid, weight, low, high)
+                start = plain_start(layer.grid, weight)
+            layers[name] = TunedLayer(layer.grid, weight, start)
         problem = BlockProblem(self.blocks, block, plan.index, inputs, targets, self.settings.held_out)
 
         def on_step(done: int, total: int) -> None:

@@ -21,6 +21,8 @@ from signround.formats import GROUPS, grid_for
 from signround.grid import Grid
 from signround.qtensor import QuantizedTensor
 
+CHUNK = 1 << 18  # weights packed at a time: intermediate arrays stay within a cache, and small beside the result
+
 
 @dataclass(frozen=True)
 class BlockType:
@@ -124,7 +126,12 @@ def pack(tensor: QuantizedTensor) -> Bytes:
         return stored.reshape(rows * blocks, -1)
 
     fields = tuple(of_blocks(name) for name in kind.grid.layout(1, kind.elements))
-    return kind.pack(tensor.codes.numpy().reshape(-1, kind.elements), fields).reshape(rows, -1)
+    codes = tensor.codes.numpy().reshape(-1, kind.elements)
+    packed = np.empty((len(codes), kind.bytes), dtype=np.uint8)
+    for start in range(0, len(codes), CHUNK // kind.elements):
+        part = slice(start, start + CHUNK // kind.elements)
+        packed[part] = kind.pack(codes[part], tuple(field[part] for field in fields))
+    return packed.reshape(rows, -1)
 
 
 def unpack(raw: Bytes, grid: Grid, columns: int) -> QuantizedTensor:

@@ -220,11 +220,8 @@ def _refuse_unknown_types(path: Path) -> None:
     used = {entry.type for entry in _parsed(path).tensors.values()}
     unknown = [kind.name for kind in BLOCK_TYPES if kind.code in used - known]
     if unknown:
-        raise refuse(
-            f"the installed gguf-py does not know {', '.join(unknown)}",
-            "update the gguf package when it does",
-            str(path),
-        )
+        problem = f"the installed gguf-py does not know {', '.join(unknown)}"
+        raise refuse(problem, "update the gguf package once a release does", str(path))
 
 
 def _only_file(target: Path) -> Path:

@@ -134,6 +134,11 @@ class Grid:
     def centre(self) -> int:
         return 1 << (self.bits - 1)
 
+    @property
+    def plain(self) -> bool:
+        """Whether levels are even and every group has an fp16 scale of its own: all that most formats can hold."""
+        return self.super_block is None and self.codebook is None and not self.power_of_two
+
     def group_of(self, columns: int) -> int:
         """Inputs in one group for rows of `columns` weights."""
         return self.group or columns

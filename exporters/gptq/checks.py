@@ -24,7 +24,7 @@ ONNX_BLOCKS = (16, 32, 64, 128, 256)
 
 def holds(grid: Grid) -> bool:
     """Whether GPTQ can store the grid: one fp16 scale and one integer zero point a group."""
-    return grid.super_block is None and grid.zero in ("centre", "point") and grid.bits in BITS
+    return grid.plain and grid.zero in ("centre", "point") and grid.bits in BITS
 
 
 def refusals(plan: ModelPlan, checkpoint_format: str) -> list[Refusal]:

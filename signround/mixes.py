@@ -72,8 +72,8 @@ Rules = tuple[tuple[str, Condition], ...]  # (type, when), the first that holds;
 @dataclass(frozen=True)
 class FileType:
     """One row: `type` for all matrices that no rule names. `label` is llama.cpp's spelling, `number` its
-    `general.file_type`. `mix` goes from a kind of matrix (see `kind_of`) to its rules. `needs_importance`: llama.cpp
-    refuses to make the file without an importance matrix."""
+    `general.file_type`. `mix` goes from a kind of matrix (`TensorRole.kind`) to its rules. `needs_importance`:
+    llama.cpp refuses to make the file without an importance matrix."""
 
     name: str
     label: str
@@ -206,4 +206,4 @@ PRESETS: Mapping[str, Preset] = {
         ),
     )
 }  # fmt: skip
-"""Chosen by llama.cpp's kernels (prompt and generation speed a type on AVX2, AVX512 and ARM)."""
+"""Chosen by speed and kernels a type (docs/decisions.md)."""

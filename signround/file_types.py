@@ -119,7 +119,7 @@ def resolve(name: str, roles: Iterable[TensorRole]) -> tuple[FileType, Overrides
         raise refuse(
             f"file type {name!r} is not known; allowed are {', '.join(FILE_TYPES)} and the presets "
             f"{', '.join(PRESETS)}",
-            f"did you mean {' or '.join(near)}?",
+            f"take {' or '.join(near)}",
         )
     return FILE_TYPES[key], ()
 
@@ -188,7 +188,7 @@ def _compiled(overrides: Overrides, roles: Sequence[TensorRole]) -> list[_Overri
             near = difflib.get_close_matches(kind, BLOCK_LENGTHS, n=2) or ["q6_k", "q8_0"]
             allowed = ", ".join(BLOCK_LENGTHS)
             problem = f"type {type_name!r} is not one that a tensor can have; allowed are {allowed}"
-            refusals.append(Refusal(problem, f"did you mean {' or '.join(near)}?", subject))
+            refusals.append(Refusal(problem, f"take {' or '.join(near)}", subject))
             continue
         try:
             pattern = re.compile(text.lower())

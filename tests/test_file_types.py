@@ -202,7 +202,7 @@ def test_an_override_is_pattern_and_type(text: str) -> None:
 
 
 def test_unknown_file_types_and_architectures_with_rules_of_their_own_are_refused() -> None:
-    with pytest.raises(RefusedError, match=r"'q4_k' is not known.*presets mobile, laptop, small; did you mean q4_k_"):
+    with pytest.raises(RefusedError, match=r"'q4_k' is not known.*presets mobile, laptop, small; take q4_k_"):
         tensor_types("q4_k", DENSE, dense_roles())
     with pytest.raises(RefusedError, match="rules of its own for architecture 'glm5-next'"):
         tensor_types("q4_k_m", ModelShape("glm5-next", 8, 8, 8), dense_roles())

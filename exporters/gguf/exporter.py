@@ -20,7 +20,7 @@ from exporters.gguf import hyperparameters
 from exporters.gguf.container import GgufFile
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
-from exporters.gguf.names import ARCHITECTURES, COMPUTED, added, checkpoint_name, halved, rotated_heads
+from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
 from exporters.gguf.packing import BLOCK, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.tokenizer import read_tokenizer

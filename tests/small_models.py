@@ -40,6 +40,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 96},
+    "qwen2-moe": {"model_type": "qwen2_moe", "tie_word_embeddings": False, "num_experts": 6, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160},
+    "qwen3-moe": {"model_type": "qwen3_moe", "head_dim": 96, "num_experts": 8, "num_experts_per_tok": 3,
+                  "moe_intermediate_size": 96, "norm_topk_prob": True},
+    "mixtral": {"model_type": "mixtral", "tie_word_embeddings": False, "num_local_experts": 4,
+                "num_experts_per_tok": 2},
 }  # fmt: skip
 
 

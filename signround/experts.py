@@ -59,7 +59,7 @@ class RoutedExperts(nn.ModuleList):
         pairs = chosen.reshape(-1)
         order = pairs.argsort(stable=True)
         counts = pairs.bincount(minlength=len(self)).tolist()  # the one look at the device in a block's forward pass
-        parts: tuple[Tensor, ...] = torch.split(hidden[order // chosen.shape[1]], counts)  # type: ignore[no-untyped-call]
+        parts: tuple[Tensor, ...] = torch.split(hidden[order // chosen.shape[1]], counts)
         outputs = [expert(part) for expert, part in zip(self, parts, strict=True) if len(part)]
         weighted = torch.cat(outputs) * scores.reshape(-1)[order, None]
         # Back to the order of tokens by a permutation: adding at indices is not deterministic on a GPU.

@@ -90,4 +90,5 @@ def test_names() -> None:
     assert unit_of(name) == "model.layers.3.block_sparse_moe.experts.11"
     plain = "mlp.shared_expert.up_proj.weight"
     assert module_name(plain) == unit_of(plain) == plain
-    assert is_expert("mlp.experts.0.down_proj.weight") and not is_expert(plain)
+    assert is_expert("mlp.experts.0.down_proj.weight")
+    assert not is_expert(plain)

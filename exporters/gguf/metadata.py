@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from exporters.gguf.container import KeyValue
 from exporters.gguf.names import ARCHITECTURES, gguf_name
-from signround.architecture import Architecture, Rope
+from signround.architecture import Architecture
 from signround.files import canonical_json
 from signround.grid import Grid
 from signround.plan import ModelPlan
+from signround.positions import Rope
 
 GRIDS, FLOAT_TYPE = "signround.grids", "signround.float_type"
 

@@ -30,7 +30,7 @@ from signround.tuning.signround import SignDescent, descent_for
 
 # An expert that fewer calibration tokens reach is rounded: what it would learn from them does not hold for others
 # (docs/decisions.md has the measurement).
-LEAST_EXPERT_TOKENS = 64
+LEAST_EXPERT_TOKENS = 128
 
 
 class TuningChain:

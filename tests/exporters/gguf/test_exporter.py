@@ -13,13 +13,13 @@ from exporters.gguf.container import GgufFile
 from exporters.gguf.exporter import GgufExporter
 from exporters.gguf.layout import TYPE_BYTES
 from exporters.gguf.metadata import rope_factors
-from signround.architecture import Rope
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import FailedError, RefusedError
 from signround.events import StageAdvanced, StageStarted, silent
 from signround.exporting import ExportedModel, Exporter
 from signround.plan import CalibrationSpec, KeptTensor, ModelPlan, make_plan
+from signround.positions import Rope
 from signround.recipes import settings_for
 from tests.small_artifacts import write_rounded_artifact
 from tests.small_models import FAMILIES, write_small_model

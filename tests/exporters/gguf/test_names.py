@@ -9,7 +9,8 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 from exporters.gguf.names import ARCHITECTURES, checkpoint_name, gguf_name, halved, interleaved, rotated_heads
 from signround.architecture import read_architecture
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 32}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 32}  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

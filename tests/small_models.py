@@ -69,6 +69,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
                 "num_experts_per_tok": 2},
 }  # fmt: skip
 
+MIXTURES = tuple(name for name, fields in FAMILIES.items() if "num_experts_per_tok" in fields)
+DENSE = tuple(name for name in FAMILIES if name not in MIXTURES)
+
 
 def write_small_model(  # one keyword a property that tests vary
     folder: Path,

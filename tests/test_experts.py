@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import signround
 from signround.architecture import BLOCK
 from signround.blocks import DecoderBlocks
 from signround.checkpoint import SourceCheckpoint
 from signround.experts import RoutedExperts, is_expert, module_name, unit_of
 from signround.loading import whole_model
-from signround.runtimes.torch_blocks import float_model
-from tests.small_models import write_small_model
-
-FAMILIES = ("qwen2-moe", "qwen3-moe", "mixtral")
+from signround.runtimes.torch_blocks import float_model, tuned_model
+from tests.small_artifacts import write_rounded_artifact
+from tests.small_models import MIXTURES, write_small_model
 
 
 def windows(count: int = 2, tokens: int = 24) -> torch.Tensor:
     return torch.randint(3, 512, (count, tokens), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_blocks_and_whole_models_are_what_transformers_loads(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -37,7 +37,7 @@ def test_blocks_and_whole_models_are_what_transformers_loads(family: str, tmp_pa
     assert whole.state_dict().keys() == reference.state_dict().keys()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_gradients_are_those_of_the_stacks(family: str, tmp_path: Path) -> None:
     """Each expert's own gradient is its slice of the stacked one; an expert without tokens has none."""
     from transformers import AutoModelForCausalLM
@@ -65,6 +65,23 @@ def test_gradients_are_those_of_the_stacks(family: str, tmp_path: Path) -> None:
         wanted = torch.zeros_like(stacked) if gradient is None else gradient
         torch.testing.assert_close(stacked, wanted, rtol=1e-4, atol=1e-5)
     assert unused < len(experts)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_loaded_model_is_the_tuned_one(family: str, tmp_path: Path) -> None:
+    """Decoded experts lie in the stacks of a transformers model."""
+    artifact = write_rounded_artifact(write_small_model(tmp_path / "model", family), tmp_path / "artifact", "w4g32")
+    model = signround.load(artifact.folder)
+    parameters = dict(model.named_parameters())
+    for name in filter(is_expert, artifact.layers):
+        *before, expert, part, _ = module_name(name).split(".")
+        stack = parameters[".".join([*before, "down_proj" if part == "down_proj" else "gate_up_proj"])][int(expert)]
+        place = stack if part == "down_proj" else stack.chunk(2)[part == "up_proj"]
+        assert torch.equal(place, artifact.quantized(name).decode()), name
+    with torch.no_grad():
+        logits = model(windows()).logits
+    expected = torch.cat(list(tuned_model(artifact).logits(windows())))
+    assert (logits - expected).norm() / expected.norm() <= 1e-5
 
 
 def test_an_expert_without_tokens_is_not_called() -> None:

@@ -88,7 +88,8 @@ class OnnxExporter:
         family = plan.architecture.family
         if family.model_type not in FAMILIES:
             problem = f"the decoder graph of {family.hf_class} is not written yet; {', '.join(FAMILIES)} models are"
-            return [*found, Refusal(problem, "export this model to gguf or gptq instead", "onnx")]
+            others = "gguf" if family.experts else "gguf or gptq"
+            return [*found, Refusal(problem, f"export this model to {others} instead", "onnx")]
         found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
         head = contrib.refusal_of(plan.architecture)
         return [*found, head] if head else found

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from exporters.gguf.container import KeyValue, TensorEntry, write
+from exporters.gguf.vocabulary import CarriedTokenizer
 
 ROOM = 4096  # more than sizeof(llama_model_params) in any version: passed by value, in memory, so a longer one is safe
 Parameters = type("Parameters", (ctypes.Structure,), {"_fields_": [("opaque", ctypes.c_char * ROOM)]})
@@ -102,6 +108,27 @@ class LlamaVocabulary:
     def template(self, name: str | None = None) -> str | None:
         raw = library().llama_model_chat_template(self._model, name.encode() if name else None)
         return raw.decode() if raw is not None else None
+
+
+def write_vocabulary_file(carried: CarriedTokenizer, target: Path) -> Path:
+    """A .gguf of `carried` and a model of one narrow block of zeros, the least that llama.cpp loads."""
+    tokens, width = len(carried.vocabulary.tokens), 32
+    sizes = {"vocab_size": tokens, "context_length": 64, "embedding_length": width, "block_count": 1}
+    sizes |= {"feed_forward_length": width, "attention.head_count": 1, "rope.dimension_count": width}
+    entries = [
+        KeyValue("general.architecture", "string", "llama"),
+        *(KeyValue(f"llama.{key}", "u32", value) for key, value in sizes.items()),
+        KeyValue("llama.attention.layer_norm_rms_epsilon", "f32", 1e-5),
+        *carried.entries(),
+    ]
+    linears = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (tokens, width), "output_norm.weight": (width,)}
+    shapes |= {f"blk.0.{name}.weight": (width, width) for name in linears}
+    shapes |= {f"blk.0.{name}.weight": (width,) for name in ("attn_norm", "ffn_norm")}
+    tensors = [TensorEntry(name, shape, 0, 4 * math.prod(shape)) for name, shape in shapes.items()]
+    with open(target, "wb") as stream:
+        assert list(write(stream, entries, tensors, lambda entry: np.zeros(entry.shape, np.float32)))
+    return target
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.gguf.pre_tokenizer import PROBES, rules
+from exporters.gguf.pre_tokenizer import PROBES, Rule, rules
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,14 +29,13 @@ DEEPSEEK3 = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
-LETTERS = next(rule.regexes[1] for rule in rules() if rule.names[0] == "deepseek-llm")  # Latin, Greek, Cyrillic, ...
 
 TEXTS = [
     "",
     " ",
     "  two leading, two trailing  ",
     "def f(x):\n    return x ** 2  # squares\n\n\n\tprint(f(3))\r\n\r\n",
-    "for (int i = 0; i < n; ++i) { a[i] += b->c::d<T>(\"%s\\n\", !x && y || z); }",
+    'for (int i = 0; i < n; ++i) { a[i] += b->c::d<T>("%s\\n", !x && y || z); }',
     "12345 67,890.12 1e-10 1234567 ½ ² ١٢٣ x2y 3D 0xFF v1.2.3",
     "I'm DON'T we'll they'RE it's 'quoted' \"double\" ``code`` ...!!! -- == o'clock 'twas L'été",
     "emoji 🚀😶‍🌫️🦙 👩‍👩‍👧‍👦 ❤️ flags 🇩🇪 café naïve ÜBER Größe",
@@ -62,11 +61,15 @@ SPECIAL_TEXTS = [
 
 @dataclass(frozen=True)
 class Published:
-    """A byte-level tokenizer: `steps` are Split expressions, or "digits", "gpt2" (ByteLevel's own expression)."""
+    """A byte-level tokenizer: `steps` are Split expressions, "digits", or "gpt2" for ByteLevel with its own."""
 
     steps: tuple[str, ...]
     ignore_merges: bool = False
     nfc: bool = False
+
+
+def rule_of(name: str) -> Rule:
+    return next(rule for rule in rules() if name in rule.names)
 
 
 GPT2 = Published(("gpt2",))
@@ -77,7 +80,14 @@ PUBLISHED: dict[str, Published] = {
     "qwen2": Published((LLAMA3.replace("{1,3}", ""),), nfc=True),
     "smollm": Published(("digits", "gpt2")),
     "deepseek-llm": Published(
-        ("[\r\n]", LETTERS, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", "digits")
+        (
+            "[\r\n]",
+            rule_of("deepseek-llm").regexes[1],
+            r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+            r"\s+$",
+            "[一-龥ࠀ-一가-퟿]+",
+            "digits",
+        )
     ),
     "deepseek-coder": Published(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digits")),
     "deepseek-v3": Published((r"\p{N}{1,3}", CJK, DEEPSEEK3)),
@@ -90,6 +100,9 @@ PUBLISHED: dict[str, Published] = {
         ),
         nfc=True,
     ),
+    "falcon": Published(rule_of("falcon").regexes),
+    "default": Published(rule_of("default").regexes),
+    "chameleon": Published(rule_of("chameleon").regexes),
     "viking": Published((" ?[^(\\s|[.,!?…。，、।۔،])]+", "digits")),
     "bloom": Published((" ?[^(\\s|[.,!?…。，、।۔،])]+",)),
     "minicpm5": Published((r"\p{N}{1,3}", LLAMA3.replace("{1,3}", "+")), ignore_merges=True),
@@ -106,7 +119,6 @@ PUBLISHED: dict[str, Published] = {
         )
     ),
     "granite-embed-multi-97m": Published((GPT4O,), ignore_merges=True),
-    "tiny_aya": Published((r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O)),
     "youtu": Published(
         (
             "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|" + CJK,
@@ -144,7 +156,7 @@ def pre_tokenizer(published: Published) -> Any:
         return pre_tokenizers.Split(Regex(text), behavior="isolated")
 
     steps = [step(text) for text in published.steps]
-    if published.steps[-1] != "gpt2":
+    if "gpt2" not in published.steps:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
 

@@ -17,39 +17,12 @@ from signround.errors import refuse
 
 # What llama_vocab::impl::load recognises by text (llama.cpp, src/llama-vocab.cpp).
 EOT = frozenset(
-    [
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "<｜end▁of▁sentence｜>",
-        "<end_of_utterance>",
-    ]
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>")
+    + ("[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>")
 )
 EOM = frozenset(["<|eom_id|>"])
-ENDS = (
-    EOT
-    | EOM
-    | frozenset(
-        [
-            "<|return|>",
-            "<|call|>",
-            "<|flush|>",
-            "<|calls|>",
-            "</s>",
-            "[EOS]",
-            "<eos>",
-            "<turn|>",
-            "<|tool_response>",
-            "[e~[",
-        ]
-    )
-)
+_OTHER_ENDS = ("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "[EOS]", "<eos>", "<turn|>", "[e~[")
+ENDS = EOT | EOM | frozenset(_OTHER_ENDS) | {"<|tool_response>"}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from signround.architecture import BLOCK, HEAD, Architecture, read_architecture
+from signround.architecture import BLOCK, EMBEDDING, HEAD, Architecture, read_architecture
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import Refusal, RefusedError
 from signround.files import sha256_of_json
@@ -218,8 +218,10 @@ def _keep(checkpoint: SourceCheckpoint, name: str, shape: tuple[int, ...]) -> Ke
         reason = "biases are not quantised"
     elif "norm" in name:
         reason = "norms are not quantised"
-    else:
+    elif name in (EMBEDDING, HEAD):
         reason = "embeddings and head keep their precision"
+    else:
+        reason = "routers keep their precision: they decide which experts run"
     return KeptTensor(name, shape, dtype, reason)
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.gguf import hyperparameters
 from exporters.gguf.container import GgufFile
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
-from exporters.gguf.names import ROPE_FACTORS, checkpoint_name, halved, rotated_heads
-from exporters.gguf.packing import BLOCK, block_type_for, obstacle, unpack
+from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
+from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.tokenizer import read_tokenizer
 from exporters.gguf.vocabulary import CarriedTokenizer
@@ -59,8 +60,8 @@ class GgufExporter:
         """llama.cpp rounds activations to 8 bits whatever the file says."""
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
-        """Grids without a block type (equal reasons over layers become one), tensors, options, tokenizer."""
-        found = self._option_refusals() + _grid_refusals(plan) + _tensor_refusals(plan)
+        """Grids without a block type (equal reasons over layers become one), the family, options, tokenizer."""
+        found = self._option_refusals() + _grid_refusals(plan) + hyperparameters.refusals(plan.architecture)
         try:
             self._tokenizer(plan)
         except RefusedError as error:
@@ -69,13 +70,7 @@ class GgufExporter:
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """What grows, what llama.cpp ignores, and how its tokenizer differs."""
-        found = _growth_notes(plan)
-        windows = {window for window in plan.architecture.windows if window is not None}
-        if windows and min(windows) < plan.architecture.context:
-            found.append(
-                f"gguf: llama.cpp ignores the sliding window of {plan.architecture.family.hf_class}; up to "
-                f"{min(windows)} tokens nothing changes, in longer texts every block sees everything"
-            )
+        found = _growth_notes(plan) + hyperparameters.notes(plan.architecture)
         if self.float_type != AUTO:
             found.append(f"gguf: unquantised matrices are stored as {self.float_type}")
         with contextlib.suppress(RefusedError):  # `refusals` names it
@@ -105,42 +100,47 @@ class GgufExporter:
             )
             for done, name in enumerate(names, 1):
                 on_event(StageAdvanced("export", done, total, name))
-        return ExportedModel(self.name, target, (target,), self._kept_dtype(self.float_type))
+        return self.opened(target)
 
     def opened(self, target: Path) -> ExportedModel:
         """A .gguf file, or the folder that holds exactly one. Raises RefusedError when signround did not write it."""
         path = _only_file(target)
-        values = _parsed(path).values
+        file = _parsed(path)
+        values = file.values
         if GRIDS not in values or FLOAT_TYPE not in values:
             raise refuse("the file was not written by signround", "give one that `signround export` wrote", str(path))
-        return ExportedModel(self.name, path, (path,), self._kept_dtype(values[FLOAT_TYPE]))
+        arch = values["general.architecture"]
+        more = {checkpoint_name(name, arch): value for name in file.tensors if (value := added(name, arch))}
+        return ExportedModel(self.name, path, (path,), self._kept_dtype(values[FLOAT_TYPE]), more)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
         file = _parsed(exported.target)
-        grids = grids_of(file.values)
+        grids, arch = grids_of(file.values), file.values["general.architecture"]
         for name, entry in file.tensors.items():
             if name in grids:
                 raw = file.data(name).reshape(entry.shape[0], -1)
                 heads = _heads(name, file.values)
                 ordered = raw if heads is None else halved(raw, heads)
                 try:
-                    yield checkpoint_name(name), unpack(ordered, grids[name], entry.shape[1])
+                    yield checkpoint_name(name, arch), unpack(ordered, grids[name], entry.shape[1])
                 except ValueError as error:
                     raise FailedError(f"{exported.target}: {name} is damaged ({error}); export it again.") from error
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
-        """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it."""
+        """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it, and
+        for a type that came after it (Q2_0)."""
         refusals = missing_packages(("gguf",), "gguf", "gguf")
         if refusals:
             raise RefusedError(refusals)
         from gguf import GGUFReader
         from gguf.quants import dequantize
 
+        _refuse_unknown_types(exported.target)
         reader = GGUFReader(exported.target)
         values = {key: field.contents() for key, field in reader.fields.items() if "head_count" in key or "arch" in key}
         for tensor in reader.tensors:
-            if tensor.name == ROPE_FACTORS:
+            if tensor.name in COMPUTED:
                 continue
             shape = [int(size) for size in tensor.shape[::-1]]
             # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
@@ -148,7 +148,7 @@ class GgufExporter:
             weight = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
             heads = _heads(tensor.name, values)
             ordered = weight.copy() if heads is None else halved(weight, heads)
-            yield checkpoint_name(tensor.name), torch.from_numpy(ordered)
+            yield checkpoint_name(tensor.name, values["general.architecture"]), torch.from_numpy(ordered)
 
     def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
         return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)
@@ -176,30 +176,19 @@ def _grid_refusals(plan: ModelPlan) -> list[Refusal]:
     ]
 
 
-def _tensor_refusals(plan: ModelPlan) -> list[Refusal]:
-    """llama.cpp has optional biases on o, gate, up and down in its llama architecture alone."""
-    architecture = plan.architecture
-    if architecture.family.model_type in ("llama", "mistral"):
-        return []
-    names = [kept.name for kept in plan.kept() if kept.name.endswith((".o_proj.bias", "mlp.down_proj.bias"))]
-    if not names:
-        return []
-    problem = f"llama.cpp's {architecture.family.model_type} has no place for {names[0]} (and {len(names) - 1} more)"
-    return [Refusal(problem, "export this model to onnx or gptq instead", "gguf")]
-
-
 def _growth_notes(plan: ModelPlan) -> list[str]:
     """One note a block type whose blocks are shorter than the groups of the grid."""
-    grown: dict[str, tuple[float, float]] = {}
+    grown: dict[BlockType, tuple[float, float]] = {}
     for layer in plan.layers():
-        if obstacle(layer.grid, layer.columns) is None and layer.grid.group_of(layer.columns) > BLOCK:
+        if obstacle(layer.grid, layer.columns) is None and layer.grid.super_block is None:
             kind = block_type_for(layer.grid, layer.columns)
-            stored = kind.bytes * 8 / kind.elements
-            grown.setdefault(kind.name, (layer.grid.bits_per_weight(layer.columns), stored))
+            if layer.grid.group_of(layer.columns) > kind.elements:
+                stored = kind.bytes * 8 / kind.elements
+                grown.setdefault(kind, (layer.grid.bits_per_weight(layer.columns), stored))
     return [
-        f"gguf: {name} keeps a scale every {BLOCK} weights, so {plan.scheme} takes {stored:.2f} bits a weight there "
-        f"instead of {own:.2f}; the integers are the same"
-        for name, (own, stored) in grown.items()
+        f"gguf: {kind.name} keeps a scale every {kind.elements} weights, so {plan.scheme} takes {stored:.2f} bits a "
+        f"weight there instead of {own:.2f}; the integers are the same"
+        for kind, (own, stored) in grown.items()
     ]
 
 
@@ -207,6 +196,18 @@ def _heads(name: str, values: dict[str, Any]) -> int | None:
     architecture = values["general.architecture"]
     heads = values[f"{architecture}.attention.head_count"]
     return rotated_heads(name, architecture, heads, values[f"{architecture}.attention.head_count_kv"])
+
+
+def _refuse_unknown_types(path: Path) -> None:
+    """gguf-py stops at the first type it has no name for."""
+    from gguf import GGMLQuantizationType
+
+    known = {kind.value for kind in GGMLQuantizationType}
+    used = {entry.type for entry in _parsed(path).tensors.values()}
+    unknown = [kind.name for kind in BLOCK_TYPES if kind.code in used - known]
+    if unknown:
+        problem = f"the installed gguf-py does not know {', '.join(unknown)}"
+        raise refuse(problem, "update the gguf package once a release does", str(path))
 
 
 def _only_file(target: Path) -> Path:

@@ -24,11 +24,15 @@ ONNX_BLOCKS = (16, 32, 64, 128, 256)
 
 def holds(grid: Grid) -> bool:
     """Whether GPTQ can store the grid: one fp16 scale and one integer zero point a group."""
-    return grid.super_block is None and grid.zero in ("centre", "point") and grid.bits in BITS
+    return grid.plain and grid.zero in ("centre", "point") and grid.bits in BITS
 
 
 def refusals(plan: ModelPlan, checkpoint_format: str) -> list[Refusal]:
     """Every reason at once; layers with the same reason are one refusal."""
+    family = plan.architecture.family
+    if family.experts:
+        problem = f"experts of {family.hf_class} are not written: GPTQ loaders disagree about how they are stored"
+        return [Refusal(problem, "export this model to gguf instead", SUBJECT)]
     layers = list(plan.layers())
     found = []
     for wrong, problem, next_step in _RULES:

@@ -182,7 +182,7 @@ class ArtifactWriter:
             failure.callback(self._lock.close)
             self.manifest = self._begun()  # read under the lock: another run may just have finished
             for path in model_files:
-                self._copy(path, f"model/{path.name}")
+                self._copy(path, f"model/{path.relative_to(model_files[0].parent).as_posix()}")
             self._save_manifest()
             failure.pop_all()
 

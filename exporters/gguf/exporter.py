@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from exporters.gguf.container import GgufFile
+from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
 from exporters.gguf.names import ROPE_FACTORS, checkpoint_name, halved, rotated_heads
@@ -31,6 +32,7 @@ from signround.events import Listener, StageAdvanced, StageStarted
 from signround.exporting import ExportedModel, missing_packages
 from signround.files import written_whole
 from signround.grid import Grid
+from signround.importance import Importance
 from signround.plan import LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 
@@ -151,6 +153,16 @@ class GgufExporter:
             heads = _heads(tensor.name, values)
             ordered = weight.copy() if heads is None else halved(weight, heads)
             yield checkpoint_name(tensor.name), torch.from_numpy(ordered)
+
+    def write_importance(self, importance: Importance, path: Path) -> None:
+        """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
+        write_imatrix(path, imatrix_of(importance))
+
+    def read_importance(self, path: Path, plan: ModelPlan) -> Importance:
+        """What `llama-imatrix` wrote, in its GGUF or its older .dat form. See `ImportanceFiles`."""
+        columns = {layer.name: layer.columns for layer in plan.layers()}
+        columns |= {kept.name: kept.shape[-1] for kept in plan.outer if len(kept.shape) > 1}
+        return importance_of(read_imatrix(path), columns, str(path))
 
     def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
         return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)

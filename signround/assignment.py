@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from signround.architecture import EMBEDDING, HEAD, Architecture
 from signround.errors import refuse
-from signround.file_types import ModelShape, Overrides, TensorRole, TypeChoice, tensor_types
+from signround.file_types import ModelShape, Overrides, TensorRole, TypeChoice, resolve, tensor_types
 from signround.formats import grid_for, scheme_names
 from signround.gguf_names import ARCHITECTURES, part_of
 from signround.grid import Grid
@@ -25,10 +25,12 @@ FLOATS = ("f16", "bf16", "f32")
 @dataclass(frozen=True)
 class Assignment:
     """`grids`: weight name -> (grid, reason) of every matrix that is quantised; `floats`: weight name -> reason of
-    those that the scheme or an override leaves as they are."""
+    those that the scheme or an override leaves as they are. `file_type`: the row of `mixes.FILE_TYPES` that was
+    meant, "" for a scheme that is one grid."""
 
     grids: Mapping[str, tuple[Grid, str]]
     floats: Mapping[str, str]
+    file_type: str = ""
 
 
 def is_file_type(scheme: str, *, mixes: bool) -> bool:
@@ -102,4 +104,4 @@ def _mixed(scheme: str, architecture: Architecture, overrides: Overrides, import
             floats[name] = f"{choice.reason}; kept in its own precision"
         else:
             grids[name] = (grid_for(choice.type), choice.reason)
-    return Assignment(grids, floats)
+    return Assignment(grids, floats, resolve(scheme, distinct)[0].name)

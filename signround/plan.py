@@ -71,7 +71,8 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The whole job on one model. `outer` and `outer_layers` are the tensors outside the blocks: kept ones, and those
+    """The whole job on one model. `scheme` is what the user asked for, `file_type` the mix of llama.cpp that it stands
+    for ("" when it is one grid; `mixes.FILE_TYPES`). `outer` and `outer_layers` are the tensors outside the blocks: kept ones, and those
     that a file type quantises (embedding, head). `imatrix_sha256` names the importance matrix that the user gave (""
     when it is measured). `files` is the folder that holds config.json and the tokenizer files."""
 
@@ -79,6 +80,7 @@ class ModelPlan:
     source_sha256: str
     parameters: int
     scheme: str
+    file_type: str
     config: Mapping[str, Any]
     blocks: tuple[BlockPlan, ...]
     outer: tuple[KeptTensor, ...]
@@ -133,6 +135,7 @@ class ModelPlan:
             source_sha256=data["source_sha256"],
             parameters=data["parameters"],
             scheme=data["scheme"],
+            file_type=data["file_type"],
             config=data["config"],
             blocks=tuple(
                 BlockPlan(
@@ -202,6 +205,7 @@ def make_plan(
         source_sha256=checkpoint.sha256,
         parameters=checkpoint.parameters,
         scheme=scheme,
+        file_type=types.file_type,
         config=checkpoint.config,
         blocks=blocks,
         outer=_kept_tensors(checkpoint, types, outer),
@@ -212,7 +216,7 @@ def make_plan(
         imatrix_sha256=imatrix_sha256,
         files=checkpoint.folder,
     )
-    refusals = _mismatches(checkpoint, plan)
+    refusals = _mismatches(checkpoint, plan) + _cut_super_blocks(plan)
     if refusals:
         raise RefusedError(refusals)
     return plan
@@ -259,6 +263,18 @@ def _keep(checkpoint: SourceCheckpoint, name: str, shape: tuple[int, ...], chose
     else:
         reason = "routers keep their precision: they decide which experts run"
     return KeptTensor(name, shape, dtype, reason)
+
+
+def _cut_super_blocks(plan: ModelPlan) -> list[Refusal]:
+    cut = {layer.columns for layer in plan.layers() if layer.grid.super_block and layer.grid.ragged(layer.columns)}
+    return [
+        Refusal(
+            f"rows of {columns} weights are no whole number of super-blocks of 256, which {plan.scheme} needs",
+            "choose a file type such as q4_k_m with --to gguf alone (it falls back as llama.cpp does), or w4g32",
+            "--scheme",
+        )
+        for columns in sorted(cut)
+    ]
 
 
 def _skipped(checkpoint: SourceCheckpoint, architecture: Architecture) -> dict[str, str]:

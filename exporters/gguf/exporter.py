@@ -54,6 +54,10 @@ class GgufExporter:
     def zero_floor(self) -> int:
         return 0
 
+    @property
+    def file_types(self) -> bool:
+        return True
+
     def holds(self, grid: Grid, columns: int) -> bool:
         """See `Exporter.holds`."""
         return obstacle(grid, columns) is None

@@ -32,6 +32,11 @@ TOKENIZER_FILES = (
 CARD = "README.md"  # licence and base model, for exporters; not part of what the model is
 
 
+def additional_templates(folder: Path) -> list[Path]:
+    """Chat templates with a name of their own, as transformers saves them."""
+    return sorted((folder / "additional_chat_templates").glob("*.jinja"))
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies and what it is."""
@@ -132,9 +137,10 @@ class SourceCheckpoint:
 
     @property
     def files(self) -> list[Path]:
-        """Config, tokenizer files and model card: what an artifact must carry along."""
+        """Config, tokenizer files, named chat templates in their folder, and model card: what an artifact carries."""
         names = ("config.json", *TOKENIZER_FILES, CARD)
-        return [self.folder / name for name in names if (self.folder / name).is_file()]
+        found = [self.folder / name for name in names if (self.folder / name).is_file()]
+        return found + additional_templates(self.folder)
 
     @cached_property
     def sha256(self) -> str:

@@ -7,9 +7,9 @@ Four verbs and no others, all differentiable through straight-through estimators
     codes   weight, fields, offset V     -> integer codes
     decode  codes, fields                -> weight, in the runtime's order of operations (bit-exact with it)
 
-Three choices tell all grids apart: how scales are stored (`direct`: one fp16 a group; two-level: a small integer a group
-times one fp16 a super-block; power of two: one exponent a group), what zero means (`centre`: a constant; `point`: a
-stored integer; `minimum`: a stored float that is subtracted), and where the levels lie (evenly, or as a codebook says).
+Three choices tell all grids apart: how scales are stored (`direct`: one fp16 a group; two-level: an integer a group
+times one fp16 a super-block; power of two: an exponent a group), what zero means (`centre`: a constant; `point`: a
+stored integer; `minimum`: a stored float that is subtracted), and where the levels lie (evenly, or by a codebook).
 The grid knows neither file formats nor models.
 
 Tensors inside the grid are grouped: a weight [rows, columns] becomes [rows, groups, group] (`grouped`), the last group
@@ -29,7 +29,7 @@ Zero = Literal["centre", "point", "minimum"]
 Fields = Mapping[str, Tensor]
 HALF_MAX = 65504.0
 # Levels of the codebook grids in ascending order; a code is a rank in this order. `iq4`: ggml's kvalues_iq4nl, the
-# file's own index. `e2m1`: the values of OCP's FP4 times two, as ggml has them; the file's two zeros are one level here.
+# file's own index. `e2m1`: the values of OCP's FP4 times two, as ggml has them; its two zeros are one level here.
 CODEBOOKS: dict[str, tuple[int, ...]] = {
     "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "e2m1": (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12),
@@ -134,6 +134,11 @@ class Grid:
     def centre(self) -> int:
         return 1 << (self.bits - 1)
 
+    @property
+    def plain(self) -> bool:
+        """Whether levels are even and every group has an fp16 scale of its own: all that most formats can hold."""
+        return self.super_block is None and self.codebook is None and not self.power_of_two
+
     def group_of(self, columns: int) -> int:
         """Inputs in one group for rows of `columns` weights."""
         return self.group or columns
@@ -195,8 +200,8 @@ class Grid:
     def snap(self, scale: Tensor, minimum: Tensor | None, shared: Fields | None = None) -> dict[str, Tensor]:
         """Round real scale and minimum [rows, groups] to what a file can hold.
 
-        `shared` gives a two-level grid its super-scales, `scale_super` and `minimum_super` [rows, super-blocks]; without
-        it the extreme group of each super-block sets them.
+        `shared` gives a two-level grid its super-scales, `scale_super` and `minimum_super` [rows, super-blocks];
+        without it the extreme group of each super-block sets them.
         """
         if self.power_of_two:
             return {"exponent": power_through(scale)[1]}
@@ -216,7 +221,7 @@ class Grid:
         inverse = safe_reciprocal(scale)
         level = (weight + zero) * inverse if self.zero == "minimum" else weight * inverse
         if self.codebook:
-            level = _rank_of(level, _levels(self.codebook, level.device))
+            return _ranks(level, offset, _levels(self.codebook, level.device))
         rounded = round_through(level + offset)
         if self.zero != "minimum":
             rounded = rounded + zero
@@ -303,21 +308,32 @@ def _levels(codebook: str, device: torch.device) -> Tensor:
     return torch.tensor(CODEBOOKS[codebook], dtype=torch.float32, device=device)
 
 
-def _rank_of(level: Tensor, levels: Tensor) -> Tensor:
-    """Position of real levels among `levels`, linear between neighbours: rounding it to the nearest integer picks the
-    nearest level, and an offset V moves that choice as it does on an even grid. Beyond the ends it runs on."""
+def _slopes(levels: Tensor) -> Tensor:
+    """How far one rank carries: the mean gap to the neighbours, at the ends the only one."""
+    gaps = levels.diff()
+    return torch.cat([gaps[:1], (gaps[1:] + gaps[:-1]) / 2, gaps[-1:]])
+
+
+def _ranks(level: Tensor, offset: Tensor | float, levels: Tensor) -> Tensor:
+    """Ranks nearest to real levels among `levels`, `offset` ranks away; integral.
+
+    Between neighbours the rank runs linearly, so that the offset moves the choice as it does on an even grid. The
+    gradient divides by the slope that `_level_of` multiplies with, so that a decoded weight follows its level with
+    slope one, as on an even grid. (With the slope of the gap instead, a quarter of the scales' gradients had the wrong
+    sign on IQ4_NL.)
+    """
     with torch.no_grad():
         below = torch.bucketize(level, levels[1:-1], right=True)
-        start, gap = levels[below], levels[below + 1] - levels[below]
-    return below + (level - start) / gap
+        rank = below + (level - levels[below]) / (levels[below + 1] - levels[below])
+        rounded = (rank + offset).round()
+        slope = _slopes(levels)[rounded.clamp(0, len(levels) - 1).long()]
+    return straight_through(level / slope + offset, rounded).clamp(0, len(levels) - 1)
 
 
 def _level_of(codes: Tensor, levels: Tensor) -> Tensor:
-    """The level of integral codes, exactly; the gradient is the mean gap to the neighbours."""
+    """The level of integral codes, exactly; the gradient is the slope there."""
     ranks = codes.detach().long()
     value = levels[ranks]
     if not codes.requires_grad:
         return value
-    gaps = levels.diff()
-    slope = torch.cat([gaps[:1], (gaps[1:] + gaps[:-1]) / 2, gaps[-1:]])
-    return value + slope[ranks] * (codes - codes.detach())
+    return value + _slopes(levels)[ranks] * (codes - codes.detach())

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.gguf import hyperparameters
 from exporters.gguf.card import read_card
 from exporters.gguf.container import GgufFile
 from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
-from exporters.gguf.names import ROPE_FACTORS, checkpoint_name, halved, rotated_heads
+from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
 from exporters.gguf.naming import file_stem
-from exporters.gguf.packing import BLOCK, block_type_for, obstacle, unpack
+from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.splits import Part, size_in_bytes, split_problem
 from exporters.gguf.tokenizer import read_tokenizer
@@ -59,6 +60,10 @@ class GgufExporter:
     def zero_floor(self) -> int:
         return 0
 
+    @property
+    def file_types(self) -> bool:
+        return True
+
     def holds(self, grid: Grid, columns: int) -> bool:
         """See `Exporter.holds`."""
         return obstacle(grid, columns) is None
@@ -67,8 +72,8 @@ class GgufExporter:
         """llama.cpp rounds activations to 8 bits whatever the file says."""
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
-        """Grids without a block type (equal reasons over layers become one), tensors, options, tokenizer."""
-        found = self._option_refusals() + _grid_refusals(plan) + _tensor_refusals(plan)
+        """Grids without a block type (equal reasons over layers become one), the family, options, tokenizer."""
+        found = self._option_refusals() + _grid_refusals(plan) + hyperparameters.refusals(plan.architecture)
         try:
             tokenizer = self._tokenizer(plan)
         except RefusedError as error:
@@ -77,13 +82,7 @@ class GgufExporter:
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """What grows, what llama.cpp ignores, and how its tokenizer differs."""
-        found = _growth_notes(plan)
-        windows = {window for window in plan.architecture.windows if window is not None}
-        if windows and min(windows) < plan.architecture.context:
-            found.append(
-                f"gguf: llama.cpp ignores the sliding window of {plan.architecture.family.hf_class}; up to "
-                f"{min(windows)} tokens nothing changes, in longer texts every block sees everything"
-            )
+        found = _growth_notes(plan) + hyperparameters.notes(plan.architecture)
         if self.float_type != AUTO:
             found.append(f"gguf: unquantised matrices are stored as {self.float_type}")
         problem = read_card(plan.files).problem
@@ -123,7 +122,7 @@ class GgufExporter:
                     ):
                         done += 1
                         on_event(StageAdvanced("export", done, total, name))
-        return ExportedModel(self.name, files[0], files, self._kept_dtype(self.float_type))
+        return self.opened(files[0])
 
     def opened(self, target: Path) -> ExportedModel:
         """A .gguf file, the first of several parts, or the folder that holds exactly one model. Raises RefusedError
@@ -138,13 +137,16 @@ class GgufExporter:
         problem = split_problem(files)
         if problem is not None:
             raise refuse(problem, "put the parts of one export together, or export again", str(paths[0]))
-        return ExportedModel(self.name, paths[0], paths, self._kept_dtype(values[FLOAT_TYPE]))
+        arch = values["general.architecture"]
+        names = [name for file in files for name in file.tensors]
+        more = {checkpoint_name(name, arch): value for name in names if (value := added(name, arch))}
+        return ExportedModel(self.name, paths[0], paths, self._kept_dtype(values[FLOAT_TYPE]), more)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
         parts = [_parsed(path) for path in exported.files]
         values = parts[0].values
-        grids = grids_of(values)
+        grids, arch = grids_of(values), values["general.architecture"]
         for file in parts:
             for name in [name for name in file.tensors if name in grids]:
                 entry = file.tensors[name]
@@ -152,23 +154,25 @@ class GgufExporter:
                 heads = _heads(name, values)
                 ordered = raw if heads is None else halved(raw, heads)
                 try:
-                    yield checkpoint_name(name), unpack(ordered, grids[name], entry.shape[1])
+                    yield checkpoint_name(name, arch), unpack(ordered, grids[name], entry.shape[1])
                 except ValueError as error:
                     raise FailedError(f"{file.path}: {name} is damaged ({error}); export it again.") from error
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
-        """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it."""
+        """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it, and
+        for a type that came after it (Q2_0)."""
         refusals = missing_packages(("gguf",), "gguf", "gguf")
         if refusals:
             raise RefusedError(refusals)
         from gguf import GGUFReader
         from gguf.quants import dequantize
 
+        _refuse_unknown_types(exported.files)
         readers = {path: GGUFReader(path) for path in exported.files}
         fields = readers[exported.target].fields.items()
         values = {key: field.contents() for key, field in fields if "head_count" in key or "arch" in key}
         for path, tensor in ((path, tensor) for path, reader in readers.items() for tensor in reader.tensors):
-            if tensor.name == ROPE_FACTORS:
+            if tensor.name in COMPUTED:
                 continue
             shape = [int(size) for size in tensor.shape[::-1]]
             # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
@@ -176,7 +180,7 @@ class GgufExporter:
             weight = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
             heads = _heads(tensor.name, values)
             ordered = weight.copy() if heads is None else halved(weight, heads)
-            yield checkpoint_name(tensor.name), torch.from_numpy(ordered)
+            yield checkpoint_name(tensor.name, values["general.architecture"]), torch.from_numpy(ordered)
 
     def write_importance(self, importance: Importance, path: Path) -> None:
         """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
@@ -232,30 +236,19 @@ def _grid_refusals(plan: ModelPlan) -> list[Refusal]:
     ]
 
 
-def _tensor_refusals(plan: ModelPlan) -> list[Refusal]:
-    """llama.cpp has optional biases on o, gate, up and down in its llama architecture alone."""
-    architecture = plan.architecture
-    if architecture.family.model_type in ("llama", "mistral"):
-        return []
-    names = [kept.name for kept in plan.kept() if kept.name.endswith((".o_proj.bias", "mlp.down_proj.bias"))]
-    if not names:
-        return []
-    problem = f"llama.cpp's {architecture.family.model_type} has no place for {names[0]} (and {len(names) - 1} more)"
-    return [Refusal(problem, "export this model to onnx or gptq instead", "gguf")]
-
-
 def _growth_notes(plan: ModelPlan) -> list[str]:
     """One note a block type whose blocks are shorter than the groups of the grid."""
-    grown: dict[str, tuple[float, float]] = {}
+    grown: dict[BlockType, tuple[float, float]] = {}
     for layer in plan.layers():
-        if obstacle(layer.grid, layer.columns) is None and layer.grid.group_of(layer.columns) > BLOCK:
+        if obstacle(layer.grid, layer.columns) is None and layer.grid.super_block is None:
             kind = block_type_for(layer.grid, layer.columns)
-            stored = kind.bytes * 8 / kind.elements
-            grown.setdefault(kind.name, (layer.grid.bits_per_weight(layer.columns), stored))
+            if layer.grid.group_of(layer.columns) > kind.elements:
+                stored = kind.bytes * 8 / kind.elements
+                grown.setdefault(kind, (layer.grid.bits_per_weight(layer.columns), stored))
     return [
-        f"gguf: {name} keeps a scale every {BLOCK} weights, so {plan.scheme} takes {stored:.2f} bits a weight there "
-        f"instead of {own:.2f}; the integers are the same"
-        for name, (own, stored) in grown.items()
+        f"gguf: {kind.name} keeps a scale every {kind.elements} weights, so {plan.scheme} takes {stored:.2f} bits a "
+        f"weight there instead of {own:.2f}; the integers are the same"
+        for kind, (own, stored) in grown.items()
     ]
 
 
@@ -270,6 +263,18 @@ def _other_versions(out: Path, stem: str, files: Sequence[Path]) -> list[Path]:
     used = {path.name for path in files} | {f"{PARTIAL}{path.name}" for path in files}
     found = out.iterdir() if out.is_dir() else ()
     return [path for path in found if is_version_of(path.name, stem) and path.name not in used]
+
+
+def _refuse_unknown_types(paths: Sequence[Path]) -> None:
+    """gguf-py stops at the first type it has no name for."""
+    from gguf import GGMLQuantizationType
+
+    known = {kind.value for kind in GGMLQuantizationType}
+    used = {entry.type for path in paths for entry in _parsed(path).tensors.values()}
+    unknown = [kind.name for kind in BLOCK_TYPES if kind.code in used - known]
+    if unknown:
+        problem = f"the installed gguf-py does not know {', '.join(unknown)}"
+        raise refuse(problem, "update the gguf package once a release does", str(paths[0]))
 
 
 def _parsed(path: Path) -> GgufFile:

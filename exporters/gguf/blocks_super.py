@@ -14,6 +14,7 @@ from exporters.gguf.blocks_single import Fields, Parts
 
 TWO, FOUR, SIX, FIFTEEN = np.uint8(2), np.uint8(4), np.uint8(6), np.uint8(15)
 SIX_BITS = np.uint8(63)
+TWO_OF_EACH, FOUR_OF_EACH = np.uint32(0x03030303), np.uint32(0x0F0F0F0F)  # the low bits of four bytes
 SIGN_OFFSET = np.uint8(32)  # a signed 6-bit scale is stored plus 32
 
 
@@ -33,11 +34,14 @@ def pack_six_bit_pairs(scales: Bytes, minima: Bytes) -> Bytes:
     byte k = s[k] | (s[k + 4] >> 4) << 6
     byte 4 + k = m[k] | (m[k + 4] >> 4) << 6
     byte 8 + k = (s[k + 4] & 15) | (m[k + 4] & 15) << 4
+
+    Four bytes at a time: numpy is slow along short rows.
     """
-    first = scales[:, :4] | (scales[:, 4:] >> FOUR) << SIX
-    second = minima[:, :4] | (minima[:, 4:] >> FOUR) << SIX
-    third = (scales[:, 4:] & FIFTEEN) | (minima[:, 4:] & FIFTEEN) << FOUR
-    return joined(first, second, third)
+    (s0, s4), (m0, m4) = (np.ascontiguousarray(small).view("<u4").T for small in (scales, minima))
+    first = s0 | (s4 >> np.uint32(4) & TWO_OF_EACH) << np.uint32(6)
+    second = m0 | (m4 >> np.uint32(4) & TWO_OF_EACH) << np.uint32(6)
+    third = (s4 & FOUR_OF_EACH) | (m4 & FOUR_OF_EACH) << np.uint32(4)
+    return np.stack([first, second, third], axis=1).view(np.uint8)
 
 
 def unpack_six_bit_pairs(raw: Bytes) -> tuple[Bytes, Bytes]:

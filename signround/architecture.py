@@ -1,6 +1,7 @@
-"""What we know of a model family: its blocks, its linears, its norms, and how its positions rotate.
+"""What we know of one model: the tensors of its blocks, its widths, its multipliers, and how its positions rotate.
 
-Plain data read from `config.json`; no transformers, no weights. Everything that is not known here is refused by name.
+Plain data read from `config.json` through the table of families; no transformers, no weights. Everything that is not
+known here is refused by name.
 """
 
 from __future__ import annotations
@@ -10,53 +11,49 @@ from dataclasses import dataclass
 from typing import Any
 
 from signround.errors import Refusal, RefusedError, refuse
+from signround.families import ALWAYS, COMMON, FAMILIES, Family, Linear
+from signround.mixture import Mixture, mixture_refusals, read_mixture
+from signround.positions import (
+    Rope,
+    longrope_refusals,
+    read_rope,
+    read_ropes,
+    read_windows,
+    rope_refusals,
+    window_refusals,
+)
 
 BLOCK = "model.layers.{}."
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
-FEED_FORWARD = tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
-LINEARS = ATTENTION + FEED_FORWARD
+CONFIG = "config.json"
+RESTORE = "restore the file from the model's publisher"
+SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
-class Family:
-    """One row of the table of supported families, keyed by `model_type` of config.json."""
+class Scales:
+    """What a family multiplies or caps. Attention scores are multiplied by `attention`, then capped at
+    `attention_cap` (cap * tanh(score / cap)); embeddings by `embedding`; both additions to the residual by `residual`;
+    logits are divided by `logits`, then capped at `logits_cap`."""
 
-    model_type: str
-    hf_class: str
-    qkv_bias: bool = False  # biases on q, k, v whatever the config says (Qwen2)
-    qk_norm: bool = False  # RMS norm over each head of q and k (Qwen3)
-    examples: str = ""
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("llama", "LlamaForCausalLM", examples="Llama 2, 3, 3.1, 3.2; SmolLM2; TinyLlama"),
-        Family("mistral", "MistralForCausalLM", examples="Mistral 7B"),
-        Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, examples="Qwen2, Qwen2.5"),
-        Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, examples="Qwen3 dense"),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions: `kind` is default, linear or llama3; the other fields are those of `rope_parameters`."""
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+    attention: float
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+    attention_cap: float | None = None
+    logits_cap: float | None = None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers of one model. `windows[i]` is the sliding attention window of block i in tokens, None for full."""
+    """The numbers of one model.
+
+    `windows[i]` is the sliding attention window of block i in tokens, None for full; `ropes[i]` its rotary positions,
+    None for none; `rope` those of blocks that see everything. `biased` names the linears that have a bias. `mixture`
+    are the experts that stand in every block in place of one feed-forward network `intermediate` wide.
+    """
 
     family: Family
     hidden: int
@@ -70,46 +67,58 @@ class Architecture:
     norm_epsilon: float
     tied: bool
     rope: Rope
+    ropes: tuple[Rope | None, ...]
     windows: tuple[int | None, ...]
-    attention_bias: bool
-    output_bias: bool
-    feed_forward_bias: bool
+    biased: frozenset[str]
+    scales: Scales
+    mixture: Mixture | None = None
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
-        """(out_features, in_features) of a linear such as `self_attn.q_proj`."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+    def width(self, name: str) -> int:
+        """A width by the name that `Linear` and `Norm` use: hidden, intermediate, queries, keys, head_dim, and with a
+        mixture of experts expert and shared."""
+        experts = {"expert": self.mixture.intermediate, "shared": self.mixture.shared} if self.mixture else {}
         return {
-            "self_attn.q_proj": (queries, self.hidden),
-            "self_attn.k_proj": (keys, self.hidden),
-            "self_attn.v_proj": (keys, self.hidden),
-            "self_attn.o_proj": (self.hidden, queries),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
-        }[linear]
+            **experts,
+            "hidden": self.hidden,
+            "intermediate": self.intermediate,
+            "queries": self.heads * self.head_dim,
+            "keys": self.kv_heads * self.head_dim,
+            "head_dim": self.head_dim,
+        }[name]
+
+    def linears(self, index: int) -> tuple[Linear, ...]:
+        """The linears of block `index`."""
+        return self.family.linears + (self.mixture.linears() if self.mixture else ())
+
+    @property
+    def active_intermediate(self) -> int:
+        """Intermediate channels that one token goes through in a block."""
+        return self.mixture.active if self.mixture else self.intermediate
+
+    def linear_shape(self, linear: Linear) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return sum(self.width(part) for part in linear.outputs), self.width(linear.inputs)
 
     def has_bias(self, linear: str) -> bool:
-        if linear in FEED_FORWARD:
-            return self.feed_forward_bias
-        return self.output_bias if linear == "self_attn.o_proj" else self.attention_bias
+        """Whether a linear such as `self_attn.q_proj` has a bias."""
+        return linear in self.biased
 
     def block_linears(self, index: int) -> dict[str, tuple[int, int]]:
         """Weight name -> (out_features, in_features) of every linear in block `index`, in checkpoint names."""
         prefix = BLOCK.format(index)
-        return {f"{prefix}{linear}.weight": self.linear_shape(linear) for linear in LINEARS}
+        return {f"{prefix}{linear.name}.weight": self.linear_shape(linear) for linear in self.linears(index)}
 
     def block_kept(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of what stays unquantised in block `index`: norms and biases."""
+        """Name -> shape of what stays unquantised in block `index`: norms, biases, and what routes to experts."""
         prefix = BLOCK.format(index)
         kept: dict[str, tuple[int, ...]] = {
-            f"{prefix}input_layernorm.weight": (self.hidden,),
-            f"{prefix}post_attention_layernorm.weight": (self.hidden,),
+            f"{prefix}{norm.name}.weight": (self.width(norm.width),) for norm in self.family.norms
         }
-        if self.family.qk_norm:
-            kept |= {f"{prefix}self_attn.{part}_norm.weight": (self.head_dim,) for part in "qk"}
-        for linear in LINEARS:
-            if self.has_bias(linear):
-                kept[f"{prefix}{linear}.bias"] = (self.linear_shape(linear)[0],)
+        for linear in self.linears(index):
+            if self.has_bias(linear.name):
+                kept[f"{prefix}{linear.name}.bias"] = (self.linear_shape(linear)[0],)
+        if self.mixture:
+            kept |= {prefix + name: shape for name, shape in self.mixture.kept(self.hidden).items()}
         return kept
 
     def outer(self) -> dict[str, tuple[int, ...]]:
@@ -123,6 +132,45 @@ class Architecture:
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
     """Architecture of a `config.json`. Raises RefusedError with every reason for which it is not supported."""
+    family = _family(config)
+    given: dict[str, Any] = {**COMMON, **family.defaults, **config}
+    refusals = _unsupported(given, family) + rope_refusals(given, family) + _absurd(given)
+    if family.experts:
+        refusals += mixture_refusals(given, family.experts)
+    if refusals:
+        raise RefusedError(refusals)
+    heads, layers = given["num_attention_heads"], given["num_hidden_layers"]
+    kv_heads = given["num_key_value_heads"] or heads
+    head_dim = given["head_dim"] or given["hidden_size"] // heads
+    refusals = longrope_refusals(given, family, head_dim) + window_refusals(given, family)
+    if heads % kv_heads:
+        problem = f"num_key_value_heads is {kv_heads}, which does not divide num_attention_heads {heads}"
+        refusals.append(Refusal(problem, RESTORE, CONFIG))
+    if refusals:
+        raise RefusedError(refusals)
+    windows = read_windows(given, family, layers)
+    return Architecture(
+        family=family,
+        hidden=given["hidden_size"],
+        intermediate=given["intermediate_size"],
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=given["vocab_size"],
+        context=given["max_position_embeddings"],
+        norm_epsilon=given["rms_norm_eps"],
+        tied=bool(given["tie_word_embeddings"]),
+        rope=read_rope(given, family),
+        ropes=read_ropes(given, family, windows),
+        windows=windows,
+        biased=_biased(given, family),
+        scales=_scales(given, family, head_dim),
+        mixture=read_mixture(given, family.experts) if family.experts else None,
+    )
+
+
+def _family(config: Mapping[str, Any]) -> Family:
     family = FAMILIES.get(str(config.get("model_type")))
     named = config.get("architectures") or [family.hf_class if family else "none"]
     if family is None or family.hf_class not in named:
@@ -131,110 +179,60 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             f"architecture {named[0]} (model_type {config.get('model_type')!r}) is not supported; "
             f"supported are {supported}",
             "choose a model of one of these families",
-            "config.json",
+            CONFIG,
         )
-    refusals = _unsupported(config)
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    refusals += [
-        Refusal(
-            f"{name} is {config.get(name, 'missing')!r}, a whole number above 0 is needed",
-            "restore the file from the model's publisher",
-            "config.json",
-        )
-        for name in needed
-        if not isinstance(config.get(name), int) or config[name] < 1
-    ]
-    if refusals:
-        raise RefusedError(refusals)
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise refuse(
-            f"num_key_value_heads is {kv_heads}, which does not divide num_attention_heads {heads}",
-            "restore the file from the model's publisher",
-            "config.json",
-        )
-    layers = config["num_hidden_layers"]
-    bias = bool(config.get("attention_bias", False))
-    return Architecture(
-        family=family,
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocabulary=config["vocab_size"],
-        context=config.get("max_position_embeddings", 2048),
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        rope=_rope(config),
-        windows=_windows(config, family, layers),
-        attention_bias=bias or family.qkv_bias,
-        output_bias=bias and not family.qkv_bias,
-        feed_forward_bias=bool(config.get("mlp_bias", False)),
+    return family
+
+
+def _biased(given: Mapping[str, Any], family: Family) -> frozenset[str]:
+    return frozenset(
+        linear.name for linear in family.linears if linear.bias == ALWAYS or (linear.bias and given.get(linear.bias))
     )
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[Refusal]:
+def _scales(given: Mapping[str, Any], family: Family, head_dim: int) -> Scales:
+    caps = [given.get(key) if key in family.soft_caps else None for key in SOFT_CAPS]
+    if family.multipliers:
+        return Scales(
+            attention=float(given["attention_multiplier"]),
+            embedding=float(given["embedding_multiplier"]),
+            residual=float(given["residual_multiplier"]),
+            logits=float(given["logits_scaling"]),
+        )
+    return Scales(
+        attention=(given["query_pre_attn_scalar"] if family.query_scalar else head_dim) ** -0.5,
+        embedding=given["hidden_size"] ** 0.5 if family.root_embedding else 1.0,
+        attention_cap=caps[0],
+        logits_cap=caps[1],
+    )
+
+
+def _absurd(given: Mapping[str, Any]) -> list[Refusal]:
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    return [
+        Refusal(f"{name} is {given.get(name, 'missing')!r}, a whole number above 0 is needed", RESTORE, CONFIG)
+        for name in needed
+        if not isinstance(given.get(name), int) or given[name] < 1
+    ]
+
+
+def _unsupported(given: Mapping[str, Any], family: Family) -> list[Refusal]:
     refusals = []
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        refusals.append(
-            Refusal(
-                f"hidden_act {activation!r} is not supported, only 'silu' is", "choose another model", "config.json"
-            )
-        )
-    kind = _rope_parameters(config).get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3"):
-        refusals.append(
-            Refusal(
-                f"rope scaling {kind!r} is not supported; supported are default, linear, llama3",
-                "remove the scaling from a copy of config.json (shorter context) or choose another model",
-                "config.json",
-            )
-        )
-    if config.get("quantization_config"):
+    activation = given[family.activation_key]
+    if activation != family.activation:
+        problem = f"{family.activation_key} {activation!r} is not supported, only {family.activation!r} is"
+        refusals.append(Refusal(problem, "choose another model", CONFIG))
+    for key, allowed in family.only.items():
+        if given.get(key) not in allowed:
+            values = " or ".join(map(repr, allowed))
+            problem = f"{key} is {given[key]!r}, {family.hf_class} is supported with {values}"
+            refusals.append(Refusal(problem, "choose another model", CONFIG))
+    if given.get("quantization_config"):
         refusals.append(
             Refusal(
                 "the model is quantised already (quantization_config is present)",
                 "start from the original float checkpoint",
-                "config.json",
+                CONFIG,
             )
         )
     return refusals
-
-
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5, or `rope_theta` with `rope_scaling` of earlier versions."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    parameters.setdefault("rope_type", parameters.pop("type", "default") or "default")
-    parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    return parameters
-
-
-def _rope(config: Mapping[str, Any]) -> Rope:
-    parameters = _rope_parameters(config)
-    return Rope(
-        theta=float(parameters["rope_theta"]),
-        kind=parameters["rope_type"],
-        factor=float(parameters.get("factor", 1.0)),
-        low_freq_factor=float(parameters.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(parameters.get("high_freq_factor", 4.0)),
-        original_context=int(parameters.get("original_max_position_embeddings", 8192)),
-    )
-
-
-def _windows(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
-    if window is None or family.model_type == "llama":
-        return (None,) * layers
-    if family.model_type == "mistral":
-        return (window,) * layers
-    if not config.get("use_sliding_window", False):
-        return (None,) * layers
-    types = config.get("layer_types")
-    if types:
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
-    first = config.get("max_window_layers", layers)
-    return tuple(window if index >= first else None for index in range(layers))

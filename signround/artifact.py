@@ -20,7 +20,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -40,7 +40,8 @@ TOKENS = "calibration.safetensors"
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """How the tuning of one block went; losses as in `events.BlockTuned`."""
+    """How the tuning of one block went; losses as in `events.BlockTuned`. `expert_tokens`: how many calibration tokens
+    each expert was given (mixture of experts; empty where nothing was tuned)."""
 
     index: int
     seconds: float
@@ -49,6 +50,7 @@ class BlockRecord:
     kept: dict[str, str]
     peak_rss_bytes: int
     peak_device_bytes: int
+    expert_tokens: dict[str, int] = field(default_factory=dict)
 
 
 def is_artifact(folder: Path) -> bool:
@@ -180,7 +182,7 @@ class ArtifactWriter:
             failure.callback(self._lock.close)
             self.manifest = self._begun()  # read under the lock: another run may just have finished
             for path in model_files:
-                self._copy(path, f"model/{path.name}")
+                self._copy(path, f"model/{path.relative_to(model_files[0].parent).as_posix()}")
             self._save_manifest()
             failure.pop_all()
 

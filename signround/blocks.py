@@ -1,7 +1,8 @@
 """Decoder blocks one at a time: transformers' own modules, filled from any source of named tensors.
 
-The forward pass is never rewritten here: what is tuned is what transformers runs. At no time is more than one block
-(or the embedding, or the head) in memory. Attention is causal over whole windows; there is no padding.
+The forward pass is never rewritten here: what is tuned is what transformers runs (stacked experts excepted, which are
+run one by one: `signround.experts`). At no time is more than one block (or the embedding, or the head) in memory.
+Attention is causal over whole windows; there is no padding.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Architecture, read_architecture
 from signround.errors import refuse
+from signround.experts import apart, module_name
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -33,17 +36,25 @@ class DecoderBlocks:
         self.read = read
         self.device = torch.device(device)
         self.compute = compute
-        self._template, self._norm, self._rotary = _skeleton(config)
-        self._rotary = self._rotary.to(self.device)
+        self._skeleton = _skeleton(config, self.architecture)
+        self._rotary = self._skeleton.rotary.to(self.device)
 
     def block(self, index: int) -> nn.Module:
         """Block `index` with the weights of the source, float32, in eval mode, no gradients."""
         prefix = BLOCK.format(index)
         names = [*self.architecture.block_linears(index), *self.architecture.block_kept(index)]
-        weights = {name.removeprefix(prefix): self._float(name) for name in names}
-        block = copy.deepcopy(self._template)
+        weights = {module_name(name.removeprefix(prefix)): self._float(name) for name in names}
+        block = self._skeleton.layer(index)
         block.load_state_dict(weights, assign=True, strict=True)
         return block.requires_grad_(False).eval()
+
+    def parameter(self, block: nn.Module, name: str) -> nn.Parameter:
+        """The parameter of `block` that checkpoint tensor `name` (within the block) fills."""
+        return block.get_parameter(module_name(name))
+
+    def linear(self, block: nn.Module, name: str) -> nn.Module:
+        """The linear of `block` whose weight checkpoint tensor `name` (within the block) fills."""
+        return block.get_submodule(module_name(name).removesuffix(".weight"))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [windows, tokens] -> float32 [windows, tokens, hidden] on the CPU. Raises RefusedError for a token
@@ -55,7 +66,7 @@ class DecoderBlocks:
                 "check that tokenizer and weights belong together",
                 EMBEDDING,
             )
-        return nn.functional.embedding(tokens, self.read(EMBEDDING)).float()
+        return nn.functional.embedding(tokens, self.read(EMBEDDING)).float() * self.architecture.scales.embedding
 
     def run(
         self,
@@ -67,19 +78,20 @@ class DecoderBlocks:
         fast: bool = False,
     ) -> Tensor:
         """Forward of block `index` over float32 [windows, tokens, hidden] on the device; `weights` replace its
-        parameters by their names within the block (with gradients)."""
+        parameters by their checkpoint names within the block (with gradients)."""
         tokens = hidden.shape[1]
         positions = torch.arange(tokens, device=hidden.device)[None]
         arguments = {
             "attention_mask": self._mask(index, tokens),
             "position_ids": positions,
-            "position_embeddings": self._rotary(hidden, positions),
+            "position_embeddings": self._rotary(hidden, positions, **self._skeleton.rotary_arguments(index)),
         }
         with self._autocast(fast):
             if weights is None:
                 output = block(hidden, **arguments)
             else:
-                output = torch.func.functional_call(block, dict(weights), (hidden,), arguments)
+                named = {module_name(name): weight for name, weight in weights.items()}
+                output = torch.func.functional_call(block, named, (hidden,), arguments)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result.float()
 
@@ -92,13 +104,17 @@ class DecoderBlocks:
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and head: [windows, tokens, hidden] -> float32 logits [windows, tokens, vocabulary]."""
-        norm = copy.deepcopy(self._norm)
+        scales = self.architecture.scales
+        norm = copy.deepcopy(self._skeleton.norm)
         norm.load_state_dict({"weight": self._float(FINAL_NORM)}, assign=True)
         weight = self._float(EMBEDDING if self.architecture.tied else HEAD)
 
         def logits(hidden: Tensor) -> Tensor:
             with torch.no_grad():
-                return nn.functional.linear(norm(hidden.to(self.device, torch.float32)), weight)
+                found = nn.functional.linear(norm(hidden.to(self.device, torch.float32)), weight)
+                if scales.logits != 1.0:
+                    found /= scales.logits
+                return found if scales.logits_cap is None else capped(found, scales.logits_cap)
 
         return logits
 
@@ -111,25 +127,58 @@ class DecoderBlocks:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _mask(self, index: int, tokens: int) -> Tensor | None:
-        """None is causal attention; a sliding window needs the mask written out once it is narrower than the text."""
+        """None is causal attention to sdpa; a sliding window needs the mask written out once it is narrower than the
+        text, and eager attention always adds it to the scores."""
         window = self.architecture.windows[index]
-        if window is None or tokens <= window:
+        eager = self._skeleton.config._attn_implementation == "eager"
+        if not eager and (window is None or tokens <= window):
             return None
-        distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
-        return ((distance >= 0) & (distance < window)).to(self.device)[None, None]
+        positions = torch.arange(tokens, device=self.device)
+        distance = positions[:, None] - positions[None, :]
+        seen = (distance >= 0) & (distance < (window or tokens))
+        if not eager:
+            return seen[None, None]
+        return torch.zeros(1, 1, tokens, tokens, device=self.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
 
 
-def _skeleton(config: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """One empty decoder layer and norm (no storage), and the rotary embedding (computed), of this configuration."""
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap), in place."""
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """What transformers builds from one configuration: its class of decoder layers, the final norm (no storage) and the
+    rotary embedding (computed)."""
+
+    config: Any
+    layer_class: Callable[[Any, int], nn.Module]
+    norm: nn.Module
+    rotary: nn.Module
+    local_rope: bool
+
+    def layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` without storage; layers of one model may differ in windows and positions."""
+        with torch.device("meta"):
+            return apart(self.layer_class(self.config, index))
+
+    def rotary_arguments(self, index: int) -> dict[str, str]:
+        """What the rotary embedding wants to know of a block, where blocks differ."""
+        return {"layer_type": self.config.layer_types[index]} if self.local_rope else {}
+
+
+def _skeleton(config: Mapping[str, Any], architecture: Architecture) -> _Skeleton:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "auto_map")}
-    fields["num_hidden_layers"] = 1
-    if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][:1]
-    one_layer = AutoConfig.for_model(config["model_type"], **fields)
-    one_layer._attn_implementation = "sdpa"
+    whole = AutoConfig.for_model(config["model_type"], **copy.deepcopy(fields))
+    one_layer = copy.deepcopy(whole)
+    one_layer.num_hidden_layers = 1
+    # sdpa has no place for a cap on the scores
+    attention = "sdpa" if architecture.scales.attention_cap is None else "eager"
+    whole._attn_implementation = attention
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(one_layer, dtype=torch.float32, attn_implementation="sdpa")
-    rotary = type(model.model.rotary_emb)(config=one_layer)
-    return model.model.layers[0], model.model.norm, rotary
+        model = AutoModelForCausalLM.from_config(one_layer, dtype=torch.float32, attn_implementation=attention)
+    rotary = type(model.model.rotary_emb)(config=whole)
+    local = architecture.family.local_rope
+    return _Skeleton(whole, type(model.model.layers[0]), model.model.norm, rotary, local)

@@ -32,12 +32,14 @@ GROUP = "signround.exporters"
 @dataclass(frozen=True)
 class ExportedModel:
     """What an exporter wrote. `target` is the path a user gives to the runtime (a file or a folder); `kept_dtype` is
-    the dtype that unquantised matrices were stored in (None: each in its own, so nothing was lost)."""
+    the dtype that unquantised matrices were stored in (None: each in its own, so nothing was lost); `added` says what
+    the format adds, in float32, to every value of a kept tensor (Gemma's norms in GGUF: weight + 1)."""
 
     format: str
     target: Path
     files: tuple[Path, ...]
     kept_dtype: torch.dtype | None = None
+    added: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable
@@ -93,7 +95,8 @@ class Exporter(Protocol):
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model as a reader that is not ours decodes it: (checkpoint name, float32 tensor in the
-        checkpoint's orientation and row order). Quantised and kept tensors alike; a tied head is left out."""
+        checkpoint's orientation and row order, with what `ExportedModel.added` says). Quantised and kept tensors
+        alike; a tied head is left out."""
         ...
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from signround.architecture import EMBEDDING, HEAD
 from signround.artifact import QuantizedCheckpoint
+from signround.experts import stacked
 
 
 def load(artifact: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -32,10 +33,20 @@ def whole_model(folder: Path, names: Iterable[str], read: Callable[[str], Tensor
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    weights = {name: read(name) for name in names}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights = stacked(names, read, shapes, dtype)
     if config.tie_word_embeddings:
         weights[HEAD] = weights[EMBEDDING]
     model.load_state_dict(weights, assign=True, strict=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its table was on the meta device too
+    _compute_buffers(model, config, dtype)
     return model.eval()
+
+
+def _compute_buffers(model: Any, config: Any, dtype: torch.dtype) -> None:
+    """Tables that are in no checkpoint were on the meta device too."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            assert name == "model.embed_tokens.embed_scale", f"{name} is not known"
+            model.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype)

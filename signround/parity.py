@@ -195,6 +195,8 @@ def _compared(
 
 def _expected(artifact: QuantizedCheckpoint, exported: ExportedModel, name: str) -> Tensor:
     weight = artifact.weight(name)
+    if name in exported.added:
+        return weight + exported.added[name]
     if exported.kept_dtype is not None and name in artifact.kept and weight.ndim > 1:
         return weight.to(exported.kept_dtype).float()
     return weight

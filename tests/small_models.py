@@ -40,7 +40,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 96},
+    # head_dim is not hidden / heads and query_pre_attn_scalar not head_dim; caps that bend these small logits
+    "gemma2": {"model_type": "gemma2", "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16,
+               "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16,
+               "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"model_type": "phi3", "tie_word_embeddings": False, "original_max_position_embeddings": 512},
+    "phi4-mini-like": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + 0.1 * index for index in range(12)],
+            "long_factor": [1.5 + 0.5 * index for index in range(12)],
+        },
+    },
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4},
+    "granite": {"model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.3,
+                "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False},
+    "qwen2-moe": {"model_type": "qwen2_moe", "tie_word_embeddings": False, "num_experts": 6, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160},
+    "qwen3-moe": {"model_type": "qwen3_moe", "head_dim": 96, "num_experts": 8, "num_experts_per_tok": 3,
+                  "moe_intermediate_size": 96, "norm_topk_prob": True},
+    "mixtral": {"model_type": "mixtral", "tie_word_embeddings": False, "num_local_experts": 4,
+                "num_experts_per_tok": 2},
 }  # fmt: skip
+
+MIXTURES = tuple(name for name, fields in FAMILIES.items() if "num_experts_per_tok" in fields)
+DENSE = tuple(name for name in FAMILIES if name not in MIXTURES)
 
 
 def write_small_model(  # one keyword a property that tests vary
@@ -51,7 +81,7 @@ def write_small_model(  # one keyword a property that tests vary
     dtype: torch.dtype = torch.bfloat16,
     tokenizer: str = "llama3",
     shard_bytes: int | None = None,
-    layers: int = 2,
+    layers: int | None = None,
     **overrides: Any,
 ) -> Path:
     """Write a random model of `family` (a key of FAMILIES) and return its folder. Vocabulary 512, hidden 128."""
@@ -61,7 +91,7 @@ def write_small_model(  # one keyword a property that tests vary
         "vocab_size": 512,
         "hidden_size": 128,
         "intermediate_size": 256,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
@@ -73,6 +103,8 @@ def write_small_model(  # one keyword a property that tests vary
         "pad_token_id": 1,
     }
     fields |= FAMILIES[family] | overrides
+    if layers is not None:
+        fields["num_hidden_layers"] = layers
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -81,7 +113,7 @@ def write_small_model(  # one keyword a property that tests vary
             if name.endswith("bias"):
                 parameter.normal_(std=0.05)
             elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(-0.5, 0.5) if "gemma" in config.model_type else parameter.uniform_(0.5, 1.5)
     model = model.to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, max_shard_size=shard_bytes or "5GB")

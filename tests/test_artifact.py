@@ -76,6 +76,16 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(plan, checkpoint.files, outer, blocks)
 
 
+def test_named_chat_templates_are_carried_along(job: Job, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(job.model_files[0].parent, model)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    replace(job, model_files=SourceCheckpoint(model).files).run(tmp_path / "artifact")
+    carried = tmp_path / "artifact" / "model" / "additional_chat_templates" / "rag.jinja"
+    assert carried.read_text() == "{{ documents }}"
+
+
 def contents(folder: Path, *, records: bool = False) -> dict[str, bytes]:
     """Path -> bytes of every file; block records (times) only on request, the empty lock file never."""
     return {

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.gguf import hyperparameters
 from exporters.gguf.container import GgufFile
 from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
-from exporters.gguf.names import ROPE_FACTORS, checkpoint_name, halved, rotated_heads
+from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
 from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.tokenizer import read_tokenizer
@@ -61,8 +62,8 @@ class GgufExporter:
         """llama.cpp rounds activations to 8 bits whatever the file says."""
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
-        """Grids without a block type (equal reasons over layers become one), tensors, options, tokenizer."""
-        found = self._option_refusals() + _grid_refusals(plan) + _tensor_refusals(plan)
+        """Grids without a block type (equal reasons over layers become one), the family, options, tokenizer."""
+        found = self._option_refusals() + _grid_refusals(plan) + hyperparameters.refusals(plan.architecture)
         try:
             self._tokenizer(plan)
         except RefusedError as error:
@@ -71,13 +72,7 @@ class GgufExporter:
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """What grows, what llama.cpp ignores, and how its tokenizer differs."""
-        found = _growth_notes(plan)
-        windows = {window for window in plan.architecture.windows if window is not None}
-        if windows and min(windows) < plan.architecture.context:
-            found.append(
-                f"gguf: llama.cpp ignores the sliding window of {plan.architecture.family.hf_class}; up to "
-                f"{min(windows)} tokens nothing changes, in longer texts every block sees everything"
-            )
+        found = _growth_notes(plan) + hyperparameters.notes(plan.architecture)
         if self.float_type != AUTO:
             found.append(f"gguf: unquantised matrices are stored as {self.float_type}")
         with contextlib.suppress(RefusedError):  # `refusals` names it
@@ -107,27 +102,30 @@ class GgufExporter:
             )
             for done, name in enumerate(names, 1):
                 on_event(StageAdvanced("export", done, total, name))
-        return ExportedModel(self.name, target, (target,), self._kept_dtype(self.float_type))
+        return self.opened(target)
 
     def opened(self, target: Path) -> ExportedModel:
         """A .gguf file, or the folder that holds exactly one. Raises RefusedError when signround did not write it."""
         path = _only_file(target)
-        values = _parsed(path).values
+        file = _parsed(path)
+        values = file.values
         if GRIDS not in values or FLOAT_TYPE not in values:
             raise refuse("the file was not written by signround", "give one that `signround export` wrote", str(path))
-        return ExportedModel(self.name, path, (path,), self._kept_dtype(values[FLOAT_TYPE]))
+        arch = values["general.architecture"]
+        more = {checkpoint_name(name, arch): value for name in file.tensors if (value := added(name, arch))}
+        return ExportedModel(self.name, path, (path,), self._kept_dtype(values[FLOAT_TYPE]), more)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
         file = _parsed(exported.target)
-        grids = grids_of(file.values)
+        grids, arch = grids_of(file.values), file.values["general.architecture"]
         for name, entry in file.tensors.items():
             if name in grids:
                 raw = file.data(name).reshape(entry.shape[0], -1)
                 heads = _heads(name, file.values)
                 ordered = raw if heads is None else halved(raw, heads)
                 try:
-                    yield checkpoint_name(name), unpack(ordered, grids[name], entry.shape[1])
+                    yield checkpoint_name(name, arch), unpack(ordered, grids[name], entry.shape[1])
                 except ValueError as error:
                     raise FailedError(f"{exported.target}: {name} is damaged ({error}); export it again.") from error
 
@@ -144,7 +142,7 @@ class GgufExporter:
         reader = GGUFReader(exported.target)
         values = {key: field.contents() for key, field in reader.fields.items() if "head_count" in key or "arch" in key}
         for tensor in reader.tensors:
-            if tensor.name == ROPE_FACTORS:
+            if tensor.name in COMPUTED:
                 continue
             shape = [int(size) for size in tensor.shape[::-1]]
             # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
@@ -152,7 +150,7 @@ class GgufExporter:
             weight = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
             heads = _heads(tensor.name, values)
             ordered = weight.copy() if heads is None else halved(weight, heads)
-            yield checkpoint_name(tensor.name), torch.from_numpy(ordered)
+            yield checkpoint_name(tensor.name, values["general.architecture"]), torch.from_numpy(ordered)
 
     def write_importance(self, importance: Importance, path: Path) -> None:
         """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
@@ -188,18 +186,6 @@ def _grid_refusals(plan: ModelPlan) -> list[Refusal]:
         Refusal(f"{problem} ({layers[0].name} and {len(layers) - 1} more)", next_step, "gguf")
         for (problem, next_step), layers in reasons.items()
     ]
-
-
-def _tensor_refusals(plan: ModelPlan) -> list[Refusal]:
-    """llama.cpp has optional biases on o, gate, up and down in its llama architecture alone."""
-    architecture = plan.architecture
-    if architecture.family.model_type in ("llama", "mistral"):
-        return []
-    names = [kept.name for kept in plan.kept() if kept.name.endswith((".o_proj.bias", "mlp.down_proj.bias"))]
-    if not names:
-        return []
-    problem = f"llama.cpp's {architecture.family.model_type} has no place for {names[0]} (and {len(names) - 1} more)"
-    return [Refusal(problem, "export this model to onnx or gptq instead", "gguf")]
 
 
 def _growth_notes(plan: ModelPlan) -> list[str]:

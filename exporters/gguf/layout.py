@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from exporters.gguf.container import TensorEntry
-from exporters.gguf.names import ROPE_FACTORS, gguf_name
+from exporters.gguf.hyperparameters import rope_tensors
+from exporters.gguf.names import ARCHITECTURES, gguf_name
 from exporters.gguf.packing import BLOCK_TYPES, block_type_for
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 
@@ -43,7 +44,7 @@ TYPE_BYTES = {kind.code: (kind.elements, kind.bytes) for kind in BLOCK_TYPES} | 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the file: its table entry, and where it comes from (None: Llama 3's rotary factors)."""
+    """One tensor of the file: its table entry, and where it comes from (None: it is computed, `rope_tensors`)."""
 
     entry: TensorEntry
     source: LayerPlan | KeptTensor | None
@@ -65,29 +66,27 @@ def float_bytes(tensor: Tensor) -> torch.Tensor:
 
 
 def layout(plan: ModelPlan, float_type: str) -> list[Slot]:
-    """Every tensor in file order: outer ones, then block by block, then the rotary factors."""
-    slots = []
-    for kept in plan.outer:
-        slots.append(_kept_slot(kept, float_type))
+    """Every tensor in file order: outer ones, then block by block, then factors of rotary positions."""
+    arch = ARCHITECTURES[plan.architecture.family.model_type]
+    slots = [_kept_slot(kept, arch, float_type) for kept in plan.outer]
     for block in plan.blocks:
-        slots += [_kept_slot(kept, float_type) for kept in block.kept]
-        slots += [_layer_slot(layer) for layer in block.layers]
-    if plan.architecture.rope.kind == "llama3":
-        half = plan.architecture.head_dim // 2
-        slots.append(Slot(TensorEntry(ROPE_FACTORS, (half,), FLOAT_TYPES["f32"].code, half * 4), None))
+        slots += [_kept_slot(kept, arch, float_type) for kept in block.kept]
+        slots += [_layer_slot(layer, arch) for layer in block.layers]
+    for name, factors in rope_tensors(plan.architecture).items():
+        slots.append(Slot(TensorEntry(name, factors.shape, FLOAT_TYPES["f32"].code, factors.nbytes), None))
     return slots
 
 
-def _kept_slot(kept: KeptTensor, choice: str) -> Slot:
+def _kept_slot(kept: KeptTensor, arch: str, choice: str) -> Slot:
     kind = float_type_of(kept, choice)
     size = math.prod(kept.shape) * kind.dtype.itemsize
-    return Slot(TensorEntry(gguf_name(kept.name), kept.shape, kind.code, size), kept)
+    return Slot(TensorEntry(gguf_name(kept.name, arch), kept.shape, kind.code, size), kept)
 
 
-def _layer_slot(layer: LayerPlan) -> Slot:
+def _layer_slot(layer: LayerPlan, arch: str) -> Slot:
     kind = block_type_for(layer.grid, layer.columns)
     size = layer.rows * kind.row_bytes(layer.columns)
-    return Slot(TensorEntry(gguf_name(layer.name), (layer.rows, layer.columns), kind.code, size), layer)
+    return Slot(TensorEntry(gguf_name(layer.name, arch), (layer.rows, layer.columns), kind.code, size), layer)
 
 
 def file_type(plan: ModelPlan, float_type: str) -> int:

@@ -1,7 +1,7 @@
 """Tensor names of a checkpoint and of GGUF, both ways, and the row order that llama.cpp wants for q and k.
 
-Names as in gguf-py `tensor_mapping.py`. llama.cpp's `llama` architecture (Llama and Mistral) rotates neighbouring pairs
-of a head, Hugging Face rotates its halves: rows of q and k (and their biases) are interleaved on the way in. Whole rows
+Names as in gguf-py `tensor_mapping.py`. Some of llama.cpp's architectures (INTERLEAVED) rotate neighbouring pairs of a
+head, Hugging Face rotates its halves: rows of q and k (and their biases) are interleaved on the way in. Whole rows
 move, so groups along the inputs are untouched (`LlamaModel.permute` in llama.cpp's conversion/llama.py).
 """
 
@@ -15,13 +15,20 @@ import numpy.typing as npt
 
 from signround.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
+    "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite", "olmo2": "olmo2",
+}  # fmt: skip
+INTERLEAVED = ("llama", "smollm3", "granite")  # `llama_model_rope_type` says NORM, not NEOX
+PLUS_ONE = ("gemma2", "gemma3")  # norms multiply by weight + 1 in the checkpoint, by what the file holds in llama.cpp
 ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+COMPUTED = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)  # of no checkpoint: they follow from config.json
 
 _OUTER = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
 _IN_BLOCK = {
     "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -32,37 +39,58 @@ _IN_BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_BEFORE_FEED_FORWARD = {"post_attention_layernorm": "ffn_norm"}  # whatever Hugging Face calls it
+_AFTER_BOTH = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+_AROUND_BOTH = {**_AFTER_BOTH, "pre_feedforward_layernorm": "ffn_norm"}
+_OWN = {
+    "": {"mlp.gate_up_proj": "ffn_up"},
+    "gemma2": _AROUND_BOTH,
+    "gemma3": _AROUND_BOTH,
+    "olmo2": _AFTER_BOTH,
+    "phi3": {**_BEFORE_FEED_FORWARD, "mlp.gate_up_proj": "ffn_up"},
+}
 _OUTER_BACK = {theirs: ours for ours, theirs in _OUTER.items()}
-_IN_BLOCK_BACK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
 _CHECKPOINT = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _GGUF = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 _ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)")
 
 
-def gguf_name(name: str) -> str:
-    """Checkpoint name -> GGUF name. Raises KeyError for a tensor that none of our families has."""
+def in_block(architecture: str) -> dict[str, str]:
+    """Part of a checkpoint name -> part of a GGUF name, for the blocks of one GGUF architecture."""
+    return _IN_BLOCK | _OWN.get(architecture, _BEFORE_FEED_FORWARD)
+
+
+def gguf_name(name: str, architecture: str = "") -> str:
+    """Checkpoint name -> GGUF name in the file of `architecture` (its `general.architecture`); without one, of tensors
+    that are called the same in all of them, as every linear is. Raises KeyError for any other tensor."""
     if name in _OUTER:
         return _OUTER[name]
     match = _CHECKPOINT.fullmatch(name)
     if match is None:
         raise KeyError(name)
-    return f"blk.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
+    return f"blk.{match[1]}.{in_block(architecture)[match[2]]}.{match[3]}"
 
 
-def checkpoint_name(name: str) -> str:
+def checkpoint_name(name: str, architecture: str) -> str:
     """The inverse of `gguf_name`."""
     if name in _OUTER_BACK:
         return _OUTER_BACK[name]
     match = _GGUF.fullmatch(name)
     if match is None:
         raise KeyError(name)
-    return f"model.layers.{match[1]}.{_IN_BLOCK_BACK[match[2]]}.{match[3]}"
+    back = {theirs: ours for ours, theirs in in_block(architecture).items()}
+    return f"model.layers.{match[1]}.{back[match[2]]}.{match[3]}"
+
+
+def added(name: str, architecture: str) -> float:
+    """What is added to every value of GGUF tensor `name` on the way in."""
+    return 1.0 if architecture in PLUS_ONE and name.endswith("norm.weight") else 0.0
 
 
 def rotated_heads(name: str, architecture: str, heads: int, kv_heads: int) -> int | None:
     """Number of heads whose rows are interleaved in GGUF tensor `name`; None for tensors that keep their order."""
     match = _ROTATED.fullmatch(name)
-    if architecture != "llama" or match is None:
+    if architecture not in INTERLEAVED or match is None:
         return None
     return heads if match[1] == "q" else kv_heads
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from exporters.gguf import metadata
 from exporters.gguf.container import KeyValue, TensorEntry, file_bytes, write
+from exporters.gguf.hyperparameters import hyperparameters, rope_tensors
 from exporters.gguf.layout import Slot, file_type, float_bytes, float_type_of, layout
-from exporters.gguf.names import interleaved, rotated_heads_of
+from exporters.gguf.names import ARCHITECTURES, added, interleaved, rotated_heads_of
 from exporters.gguf.packing import pack
 from exporters.gguf.vocabulary import CarriedTokenizer
 from signround.errors import FailedError
@@ -30,7 +31,7 @@ def entries_of(plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str, f
     """Every key-value of the file, in order."""
     return [
         *metadata.general(plan, file_type(plan, float_type)),
-        *metadata.hyperparameters(plan.architecture),
+        *hyperparameters(plan.architecture),
         *tokenizer.entries(),
         *metadata.provenance(plan, fingerprint, float_type),
     ]
@@ -76,11 +77,11 @@ def _data(
     if isinstance(slot.source, LayerPlan):
         rows: npt.NDArray[Any] = pack(quantized(slot.source.name))
     elif isinstance(slot.source, KeptTensor):
-        rows = float_bytes(_cast(kept(slot.source.name), slot.source, float_type)).numpy()
+        stored = _cast(kept(slot.source.name), slot.source, float_type)
+        more = added(slot.entry.name, ARCHITECTURES[plan.architecture.family.model_type])
+        rows = float_bytes(stored + more if more else stored).numpy()
     else:
-        factors = metadata.rope_factors(plan.architecture.rope, plan.architecture.head_dim)
-        assert factors is not None
-        return factors
+        return rope_tensors(plan.architecture)[slot.entry.name]
     heads = rotated_heads_of(slot.entry.name, plan.architecture)
     return rows if heads is None else interleaved(rows, heads)
 

@@ -29,6 +29,10 @@ def holds(grid: Grid) -> bool:
 
 def refusals(plan: ModelPlan, checkpoint_format: str) -> list[Refusal]:
     """Every reason at once; layers with the same reason are one refusal."""
+    family = plan.architecture.family
+    if family.experts:
+        problem = f"experts of {family.hf_class} are not written: GPTQ loaders disagree about how they are stored"
+        return [Refusal(problem, "export this model to gguf instead", SUBJECT)]
     layers = list(plan.layers())
     found = []
     for wrong, problem, next_step in _RULES:

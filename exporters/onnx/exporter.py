@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 LEVELS = (0, 1, 2, 3, 4)
 WRITERS = ("onnx", "onnx_ir")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 INLINE_BYTES = 1024  # shape constants must stay in the graph: onnxruntime does not load them from outside
 NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
 CARRIED = ("config.json", *TOKENIZER_FILES)
@@ -84,6 +85,11 @@ class OnnxExporter:
         """See `Exporter.refusals`."""
         found = missing_packages(WRITERS, "onnx", "onnx")
         found += [] if self.accuracy_level in LEVELS else [self._level_refusal()]
+        family = plan.architecture.family
+        if family.model_type not in FAMILIES:
+            problem = f"the decoder graph of {family.hf_class} is not written yet; {', '.join(FAMILIES)} models are"
+            others = "gguf" if family.experts else "gguf or gptq"
+            return [*found, Refusal(problem, f"export this model to {others} instead", "onnx")]
         found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
         head = contrib.refusal_of(plan.architecture)
         return [*found, head] if head else found

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from signround.architecture import Architecture, Rope
+from signround.architecture import Architecture
+from signround.positions import Rope
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,20 @@ from signround.artifact import ArtifactWriter, BlockRecord, QuantizedCheckpoint
 from signround.blocks import DecoderBlocks
 from signround.checkpoint import SourceCheckpoint
 from signround.events import BlockTuned, Listener, StageAdvanced
+from signround.experts import is_expert, unit_of
 from signround.measure import peak_memory, return_freed_memory
 from signround.plan import BlockPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.tuning.inputs import LinearInputs, recorded, tokens_of
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
 from signround.tuning.rtn import rounded
 from signround.tuning.signround import SignDescent, descent_for
 from signround.tuning.start import plain_start, searched_start
+
+# An expert that fewer calibration tokens reach is rounded: what it would learn from them does not hold for others
+# (docs/decisions.md has the measurement).
+LEAST_EXPERT_TOKENS = 128
 
 
 class TuningChain:
@@ -74,10 +81,10 @@ class TuningChain:
             self.blocks.run_all(block, float_chain, plan.index, batch)
             tensors = self._committed(plan)
         else:
-            importance = self._float_pass(block, float_chain, plan.index)
-            outcome = self._tune(plan, block, importance, inputs, float_chain)
+            seen = self._float_pass(plan, block, float_chain)
+            outcome = self._tune(plan, block, seen, inputs, float_chain)
             tensors = outcome.tensors
-            self._commit(plan, outcome, time.monotonic() - started)
+            self._commit(plan, outcome, time.monotonic() - started, seen)
         self._advance(block, tensors, quantized_chain, plan.index)
         return float_chain, quantized_chain
 
@@ -88,36 +95,44 @@ class TuningChain:
         prefix = BLOCK.format(plan.index)
         return {layer.name.removeprefix(prefix): reader.quantized(layer.name) for layer in plan.layers}
 
-    def _float_pass(self, block: nn.Module, hidden: Tensor, index: int) -> dict[str, Tensor]:
-        """Float outputs in place of `hidden`; returns the mean square of each linear's inputs, float32 [columns]."""
+    def _float_pass(self, plan: BlockPlan, block: nn.Module, hidden: Tensor) -> dict[str, LinearInputs]:
+        """Float outputs in place of `hidden`; returns what the linears saw: all of them where the start is searched,
+        else the experts alone, to know which ones no token reached."""
+        prefix = BLOCK.format(plan.index)
+        names = [layer.name.removeprefix(prefix) for layer in plan.layers]
         if self.settings.start != "search":
-            self.blocks.run_all(block, hidden, index, self.settings.batch_size)
-            return {}
-        sums: dict[str, Tensor] = {}
-        hooks = []
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
+            names = [name for name in names if is_expert(name)]
+        with recorded({name: self.blocks.linear(block, name) for name in names}) as seen:
+            self.blocks.run_all(block, hidden, plan.index, self.settings.batch_size)
+        return seen
 
-                def add(_: nn.Module, inputs: tuple[Tensor, ...], name: str = f"{name}.weight") -> None:
-                    squares = inputs[0].detach().float().square().flatten(0, -2).sum(0)
-                    sums[name] = sums[name] + squares if name in sums else squares
-
-                hooks.append(module.register_forward_pre_hook(add))
-        self.blocks.run_all(block, hidden, index, self.settings.batch_size)
-        for hook in hooks:
-            hook.remove()
-        return {name: total / self.tokens.numel() for name, total in sums.items()}
+    def _round_unrouted(
+        self, plan: BlockPlan, block: nn.Module, seen: Mapping[str, LinearInputs]
+    ) -> dict[str, QuantizedTensor]:
+        """Experts that hardly any token reached, rounded here and in `block`: there is nothing to tune them on."""
+        tensors = {}
+        for layer in plan.layers:
+            name = layer.name.removeprefix(BLOCK.format(plan.index))
+            if is_expert(name) and (name not in seen or seen[name].tokens < LEAST_EXPERT_TOKENS):
+                weight = self.blocks.parameter(block, name)
+                tensors[name] = rounded(layer.grid, weight)
+                with torch.no_grad():
+                    weight.copy_(tensors[name].decode())
+        return tensors
 
     def _tune(
-        self, plan: BlockPlan, block: nn.Module, importance: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+        self, plan: BlockPlan, block: nn.Module, seen: Mapping[str, LinearInputs], inputs: Tensor, targets: Tensor
     ) -> BlockOutcome:
         prefix = BLOCK.format(plan.index)
+        unrouted = self._round_unrouted(plan, block, seen)
         layers = {}
         for layer in plan.layers:
             name = layer.name.removeprefix(prefix)
-            weight = block.get_parameter(name)
-            if name in importance:
-                start = searched_start(layer.grid, weight, importance[name])
+            if name in unrouted:
+                continue
+            weight = self.blocks.parameter(block, name)
+            if self.settings.start == "search":
+                start = searched_start(layer.grid, weight, seen[name].mean_square)
             else:
                 start = plain_start(layer.grid, weight)
             layers[name] = TunedLayer(layer.grid, weight, start)
@@ -126,18 +141,30 @@ class TuningChain:
         def on_step(done: int, total: int) -> None:
             self.on_event(StageAdvanced("tune", done, total, f"block {plan.index + 1}/{len(self.plan.blocks)}"))
 
-        return tune_block(problem, layers, self.settings, self.descent, on_step)
+        outcome = tune_block(problem, layers, self.settings, self.descent, on_step)
+        tensors = outcome.tensors | unrouted
+        kept = outcome.kept | {name: f"rounded ({tokens_of(seen, name)} tokens)" for name in unrouted}
+        names = [layer.name.removeprefix(prefix) for layer in plan.layers]
+        return replace(
+            outcome, tensors={name: tensors[name] for name in names}, kept={name: kept[name] for name in names}
+        )
 
     def _advance(self, block: nn.Module, tensors: Mapping[str, QuantizedTensor], hidden: Tensor, index: int) -> None:
         with torch.no_grad():
             for name, tensor in tensors.items():
-                block.get_parameter(name).copy_(tensor.decode())
+                self.blocks.parameter(block, name).copy_(tensor.decode())
         self.blocks.run_all(block, hidden, index, self.settings.batch_size)
 
-    def _commit(self, plan: BlockPlan, outcome: BlockOutcome, seconds: float) -> None:
+    def _commit(
+        self, plan: BlockPlan, outcome: BlockOutcome, seconds: float, seen: Mapping[str, LinearInputs] | None = None
+    ) -> None:
         prefix = BLOCK.format(plan.index)
         rss, device = peak_memory()
-        record = BlockRecord(plan.index, seconds, outcome.loss_rounded, outcome.loss_tuned, outcome.kept, rss, device)
+        experts = {unit_of(name): tokens_of(seen or {}, name) for name in outcome.tensors if is_expert(name)}
+        record = BlockRecord(
+            plan.index, seconds, outcome.loss_rounded, outcome.loss_tuned, outcome.kept, rss, device,
+            expert_tokens=experts if seen is not None else {},
+        )  # fmt: skip
         quantized = {prefix + name: tensor for name, tensor in outcome.tensors.items()}
         kept = {kept.name: self.checkpoint.read(kept.name) for kept in plan.kept}
         self.writer.commit_block(plan.index, quantized, kept, record)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from signround.blocks import DecoderBlocks
+from signround.experts import unit_of
 from signround.qtensor import QuantizedTensor
 from signround.recipes import TuningSettings
 from signround.tuning.layer import TunedLayer
@@ -88,7 +89,10 @@ def tune_block(
         if step == settings.iters:
             break
         weights = {name: layer.fake_quantized() for name, layer in layers.items()}
-        gradients = torch.autograd.grad(problem.loss(weights, picks[step], fast=True), parameters)
+        # An expert that no token of this batch is routed to has no part in the loss: its gradient is zero, it stays.
+        gradients = torch.autograd.grad(
+            problem.loss(weights, picks[step], fast=True), parameters, allow_unused=True, materialize_grads=True
+        )
         descent.step(tuned, gradients, settings.learning_rate * (1 - step / settings.iters))
     with torch.no_grad():
         for parameter, kept in zip(parameters, best, strict=True):
@@ -97,7 +101,7 @@ def tune_block(
         name: {
             "tuned": layer.frozen(),
             "start": start[name],
-            "rounded": rounded(layer.grid, problem.block.get_parameter(name)),
+            "rounded": rounded(layer.grid, problem.blocks.parameter(problem.block, name)),
         }
         for name, layer in layers.items()
     }
@@ -122,7 +126,8 @@ def _batches(settings: TuningSettings, block: int) -> Tensor:
 def _best_of(
     problem: BlockProblem, candidates: Mapping[str, Mapping[str, QuantizedTensor]], settings: TuningSettings
 ) -> BlockOutcome:
-    """Start from all tuned; replace a layer wherever another candidate lowers the held-out loss of the block."""
+    """Start from all tuned; replace a layer (or the three of an expert at once: each trial costs a pass) wherever
+    another candidate lowers the held-out loss of the block."""
     device = problem.blocks.device
 
     def loss_of(weights: Mapping[str, Tensor]) -> float:
@@ -131,16 +136,20 @@ def _best_of(
     def decoded(choice: str) -> dict[str, Tensor]:
         return {name: options[choice].decode().to(device) for name, options in candidates.items()}
 
+    units: dict[str, list[str]] = {}
+    for name in candidates:
+        units.setdefault(unit_of(name), []).append(name)
     loss_rounded = loss_of(decoded("rounded"))
     chosen = dict.fromkeys(candidates, "tuned")
     weights = decoded("tuned")
     lowest = loss_of(weights)
-    for name, options in candidates.items():
+    for names in units.values():
         for choice in ("start", "rounded"):
-            trial = weights | {name: options[choice].decode().to(device)}
+            trial = weights | {name: candidates[name][choice].decode().to(device) for name in names}
             loss = loss_of(trial)
             if loss < lowest:
-                lowest, weights, chosen[name] = loss, trial, choice
+                lowest, weights = loss, trial
+                chosen |= dict.fromkeys(names, choice)
     tensors = {name: options[chosen[name]] for name, options in candidates.items()}
     if loss_rounded < lowest:  # greedy replacement may miss that plain rounding of everything is best
         return BlockOutcome(

@@ -9,7 +9,8 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 from exporters.gguf.names import ARCHITECTURES, checkpoint_name, gguf_name, halved, interleaved, rotated_heads
 from signround.architecture import read_architecture
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 32}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 32}  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -23,16 +24,24 @@ def test_names_are_those_of_gguf_py_and_come_back(model_type: str) -> None:
     for index in range(3):
         names += [*architecture.block_linears(index), *architecture.block_kept(index)]
     for name in names:
-        assert gguf_name(name) == theirs.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert checkpoint_name(gguf_name(name)) == name
+        ours = gguf_name(name, ARCHITECTURES[model_type])
+        assert ours == theirs.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert checkpoint_name(ours, ARCHITECTURES[model_type]) == name
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.mlp.x.weight", "x"])
 def test_unknown_names_are_errors(name: str) -> None:
     with pytest.raises(KeyError):
-        gguf_name(name)
+        gguf_name(name, "llama")
     with pytest.raises(KeyError):
-        checkpoint_name(name)
+        checkpoint_name(name, "llama")
+
+
+def test_without_an_architecture_only_names_that_all_share() -> None:
+    assert gguf_name("model.layers.7.mlp.gate_up_proj.weight") == "blk.7.ffn_up.weight"
+    assert gguf_name("model.norm.weight") == "output_norm.weight"
+    with pytest.raises(KeyError):
+        gguf_name("model.layers.0.post_attention_layernorm.weight")
 
 
 @pytest.mark.parametrize("shape", [(24,), (24, 5)])

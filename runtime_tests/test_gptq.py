@@ -30,7 +30,7 @@ from signround.runtimes import gptq as runtimes
 from signround.runtimes.gptq_child import Child
 from signround.runtimes.protocol import Runtime
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import DENSE, write_small_model
+from tests.small_models import DENSE, FAMILIES, write_small_model
 
 needs_gptqmodel = pytest.mark.skipif(
     not all(find_spec(name) for name in runtimes.LOADERS), reason="needs the extra: pip install signround[gptq]"
@@ -52,6 +52,13 @@ SELECTED = [
     ("qwen3", "w4g32", "gptq"),
     ("llama", "w4g32-asym", "gptq_v2"),
     ("llama", "w3g32-asym", "gptq"),
+    ("gemma2", "w4g32", "gptq"),
+    ("gemma3", "w8g32", "gptq"),
+    ("phi3", "w4g32", "gptq"),
+    ("phi4-mini-like", "w4g32-asym", "gptq"),
+    ("smollm3", "w4g32", "gptq"),
+    ("granite", "w4g32", "gptq"),
+    ("olmo2", "w4g32", "gptq"),
 ]
 SCHEMES = ["w2g32", "w2g32-asym", "w3g32", "w4g16", "w4g32", "w4gc", "w4gc-asym", "w8g32", "w8g32-asym", "q8_0"]
 PRODUCT = [(family, scheme, "gptq") for family in DENSE for scheme in SCHEMES]
@@ -60,7 +67,13 @@ CASES = [
     pytest.param(case, id="-".join(case), marks=[] if case in SELECTED else pytest.mark.slow)
     for case in [*SELECTED, *(case for case in PRODUCT if case not in SELECTED)]
 ]
-IN_BUILDER = [param for param in CASES if "w3" not in param.values[0][1] and param.values[0][2] == "gptq"]
+IN_BUILDER = [
+    param
+    for param in CASES
+    if "w3" not in param.values[0][1]
+    and param.values[0][2] == "gptq"
+    and FAMILIES[param.values[0][0]]["model_type"] in runtimes.BUILDER_FAMILIES
+]
 # One group a row is a block of 16 to 256 inputs in onnxruntime, or nothing.
 IN_ONNX = [param for param in IN_BUILDER if "gc" not in param.id or param.values[0][0] not in ("qwen3", "smollm2-like")]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "llama-4m"
@@ -245,6 +258,8 @@ def test_the_builder_is_not_asked_for_what_it_gets_wrong(job: Callable[[Case], J
     for case in [("smollm2-like", "w3g32", "gptq"), ("llama", "w4g32-asym", "gptq_v2"), ("qwen3", "w4gc", "gptq")]:
         with pytest.raises(RefusedError, match=r"the folder holds .-bit .* in blocks of"):
             runtimes.open_gptq_through_builder(job(case).exported.target, tmp_path)
+    with pytest.raises(RefusedError, match=r"llama, mistral, qwen2, qwen3 models, this is a 'phi3'"):
+        runtimes.open_gptq_through_builder(job(("phi3", "w4g32", "gptq")).exported.target, tmp_path)
 
 
 def test_without_the_extras_the_sentence_names_them(

@@ -8,8 +8,8 @@ Gates, and why they are what they are (docs/formats.md has the measurements):
   26 million weights; where it is above, a more exact graph is shipped (`Exporter.more_exact`).
 - llama.cpp (8-bit activations always): mean KL 1e-3, top-1 97.5 % less two standard errors of the measurement.
   Measured 3e-4 and 98.7 % for Q8_0 on 26 million weights, 6.4e-4 and 97.9 % on the bundled model.
-- llama.cpp with a mixture of experts: median KL 5e-4, mean KL 5e-3, top-1 95 %. Rounded activations change the experts of
-  tokens whose scores are close: measured median 1.1e-4 (1.8e-4 without experts), mean 4e-4 to 1.4e-3 on random models.
+- llama.cpp with a mixture of experts: median KL 5e-4, mean KL 5e-3, top-1 95 %. Rounded activations change the experts
+  of tokens whose scores are close: measured median 1.1e-4 (1.8e-4 without experts), mean 4e-4 to 1.4e-3.
 - GPTQ with exact products: relative error 1e-5 (2e-4 where the loader turns float32 biases into fp16); as shipped the
   kernel rounds weights to fp16: 2e-3, measured 6e-4.
 """
@@ -64,10 +64,10 @@ class WeightParity:
 class Gate:
     """The most that a runtime may differ from the tuned model in float; None is not judged."""
 
-    median_kl: float | None = None
     mean_kl: float | None = None
     top1_agreement: float | None = None
     relative_error: float | None = None
+    median_kl: float | None = None
 
     def passes(self, measured: Score) -> bool:
         assert measured.mean_kl is not None

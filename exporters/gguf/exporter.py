@@ -22,7 +22,6 @@ from exporters.gguf.container import GgufFile
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
 from exporters.gguf.names import (
-    ARCHITECTURES,
     COMPUTED,
     added,
     checkpoint_name,

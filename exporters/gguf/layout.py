@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from exporters.gguf.container import TensorEntry
-from exporters.gguf.names import ARCHITECTURES, file_shape, gguf_name, is_router
 from exporters.gguf.hyperparameters import rope_tensors
+from exporters.gguf.names import ARCHITECTURES, file_shape, gguf_name, is_router
 from exporters.gguf.packing import BLOCK_TYPES, block_type_for
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 

@@ -1,8 +1,8 @@
 """Tensor names of a checkpoint and of GGUF, both ways, and the row order that llama.cpp wants for q and k.
 
 Names as in gguf-py `tensor_mapping.py`. Some of llama.cpp's architectures (INTERLEAVED) rotate neighbouring pairs of a
-head, Hugging Face rotates its halves: rows of q and k (and their biases) are interleaved on the way in. Whole rows move,
-so groups along the inputs are untouched (`LlamaModel.permute` in llama.cpp's conversion/llama.py).
+head, Hugging Face rotates its halves: rows of q and k (and their biases) are interleaved on the way in. Whole rows
+move, so groups along the inputs are untouched (`LlamaModel.permute` in llama.cpp's conversion/llama.py).
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 gptqmodel's torch kernel when it is installed: it unpacks, shifts the zero points and multiplies, for 2, 3, 4 and 8
 bits, v1 and v2. Else the GPTQ loader of the onnxruntime-genai builder (extra `genai`), which knows neither 3 bits nor
-v2; it gives ONNX-ordered integers, zero points and scales. Both run in a child process.
+v2, nor all families; it gives ONNX-ordered integers, zero points and scales. Both run in a child process.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from signround.errors import refuse
 from signround.exporting import ExportedModel
-from signround.runtimes.gptq import BUILDER_BITS, BUILDER_LOADERS, LOADERS, start_builder_child, start_gptq_child
+from signround.runtimes.gptq import (
+    BUILDER_BITS,
+    BUILDER_FAMILIES,
+    BUILDER_LOADERS,
+    LOADERS,
+    start_builder_child,
+    start_gptq_child,
+)
 from signround.runtimes.gptq_child import Child
 
 from .config import V1, GptqFormat
@@ -29,10 +37,12 @@ def decoded_by_other_reader(exported: ExportedModel, gptq: GptqFormat) -> Iterat
     """(checkpoint name, float32). Raises RefusedError that names the extra to install when no reader is there."""
     if all(find_spec(name) for name in LOADERS):
         return decoded_by_gptqmodel(exported, gptq)
-    if all(find_spec(name) for name in BUILDER_LOADERS) and gptq.bits in BUILDER_BITS and gptq.checkpoint_format == V1:
+    family = json.loads((exported.target / "config.json").read_text())["model_type"]
+    known = gptq.bits in BUILDER_BITS and gptq.checkpoint_format == V1 and family in BUILDER_FAMILIES
+    if known and all(find_spec(name) for name in BUILDER_LOADERS):
         return decoded_by_builder(exported)
     raise refuse(
-        f"no independent reader of {gptq.bits}-bit {gptq.checkpoint_format} files is installed",
+        f"no independent reader of {gptq.bits}-bit {gptq.checkpoint_format} files of {family} models is installed",
         "install one with `pip install signround[gptq]`",
         "gptq",
     )

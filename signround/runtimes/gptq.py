@@ -30,6 +30,7 @@ BUILDER = "signround.runtimes.gptq_builder_worker"
 LOADERS = ("gptqmodel", "optimum")
 BUILDER_LOADERS = ("onnxruntime_genai", "onnx_ir", "onnxruntime")
 BUILDER_BITS = (2, 4, 8)
+BUILDER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of others it splits, renames or adds to tensors
 ONNX_BLOCKS = {16, 32, 64, 128, 256}
 BATCH_TOKENS = 2048
 
@@ -134,7 +135,7 @@ def open_gptq_through_builder(folder: Path, workdir: Path, *, child: Child | Non
     """Convert a GPTQ folder with the onnxruntime-genai builder into `workdir` and run it in onnxruntime.
 
     Raises RefusedError for 3 bits (the builder has none), for gptq_v2 (it reads that as v1, with wrong logits and no
-    error) and for blocks that onnxruntime does not know.
+    error), for blocks that onnxruntime does not know, and for other families than BUILDER_FAMILIES.
     """
     config = json.loads((folder / "config.json").read_text())
     _refuse_for_builder(config, folder)
@@ -147,6 +148,13 @@ def open_gptq_through_builder(folder: Path, workdir: Path, *, child: Child | Non
 
 
 def _refuse_for_builder(config: Mapping[str, Any], folder: Path) -> None:
+    if config["model_type"] not in BUILDER_FAMILIES:
+        raise refuse(
+            f"the onnxruntime-genai builder is asked for {', '.join(BUILDER_FAMILIES)} models, this is a "
+            f"{config['model_type']!r}",
+            "verify it through transformers + optimum + gptqmodel (`pip install 'signround[gptq]'`)",
+            str(folder),
+        )
     gptq = config["quantization_config"]
     version_read = gptq.get("checkpoint_format", "gptq")
     heads = config["num_attention_heads"]

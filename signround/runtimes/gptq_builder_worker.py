@@ -66,6 +66,7 @@ class Worker:
             intermediate_size=config["intermediate_size"],
             num_layers=config["num_hidden_layers"],
         )
+        self._linears = {}
         self._kept = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.final_norm.weight}
         if not config.get("tie_word_embeddings", False):
             self._kept["lm_head.weight"] = model.lm_head.weight

@@ -11,8 +11,8 @@ import torch
 
 from exporters.gguf.container import GgufFile
 from exporters.gguf.exporter import GgufExporter
-from exporters.gguf.layout import TYPE_BYTES
 from exporters.gguf.hyperparameters import rope_factors
+from exporters.gguf.layout import TYPE_BYTES
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import FailedError, RefusedError

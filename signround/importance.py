@@ -76,8 +76,8 @@ class Importance:
 class ImportanceFiles(Protocol):
     """An exporter whose runtime has files of importance matrices."""
 
-    def write_importance(self, importance: Importance, path: Path) -> None:
-        """Whole or absent; equal input gives equal bytes."""
+    def write_importance(self, importance: Importance, path: Path, plan: ModelPlan) -> None:
+        """Whole or absent; equal input gives equal bytes. Experts of the plan that were not measured are unseen."""
         ...
 
     def read_importance(self, path: Path, plan: ModelPlan) -> Importance:

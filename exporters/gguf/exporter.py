@@ -10,9 +10,10 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +23,17 @@ from exporters.gguf.container import GgufFile
 from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
-from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
+from exporters.gguf.names import (
+    COMPUTED,
+    added,
+    checkpoint_name,
+    checkpoint_names,
+    checkpoint_shape,
+    gguf_name,
+    halved,
+    is_router,
+    rotated_heads,
+)
 from exporters.gguf.naming import file_stem
 from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
@@ -33,6 +44,7 @@ from exporters.gguf.writer import UNKNOWN, planned_parts, write_part
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
+from signround.experts import is_expert
 from signround.exporting import ExportedModel, missing_packages
 from signround.files import PARTIAL, files_written_whole
 from signround.grid import Grid
@@ -40,6 +52,9 @@ from signround.importance import Importance
 from signround.plan import LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 from signround.runtimes.gguf_files import is_version_of, model_files, part_name
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,12 @@ class GgufExporter:
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """Grids without a block type (equal reasons over layers become one), the family, options, tokenizer."""
-        found = self._option_refusals() + _grid_refusals(plan) + hyperparameters.refusals(plan.architecture)
+        found = (
+            self._option_refusals()
+            + _grid_refusals(plan)
+            + _stack_refusals(plan)
+            + hyperparameters.refusals(plan.architecture)
+        )
         try:
             tokenizer = self._tokenizer(plan)
         except RefusedError as error:
@@ -140,21 +160,22 @@ class GgufExporter:
         arch = values["general.architecture"]
         names = [name for file in files for name in file.tensors]
         more = {checkpoint_name(name, arch): value for name in names if (value := added(name, arch))}
-        return ExportedModel(self.name, paths[0], paths, self._kept_dtype(values[FLOAT_TYPE]), more)
+        routers = frozenset(checkpoint_name(name, arch) for name in names if is_router(name))
+        return ExportedModel(self.name, paths[0], paths, self._kept_dtype(values[FLOAT_TYPE]), more, routers)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
-        parts = [_parsed(path) for path in exported.files]
-        values = parts[0].values
+        files = [_parsed(path) for path in exported.files]
+        values = files[0].values
         grids, arch = grids_of(values), values["general.architecture"]
-        for file in parts:
-            for name in [name for name in file.tensors if name in grids]:
-                entry = file.tensors[name]
-                raw = file.data(name).reshape(entry.shape[0], -1)
-                heads = _heads(name, values)
+        for file, name in [(file, name) for file in files for name in file.tensors if name in grids]:
+            shape, heads = file.tensors[name].shape, _heads(name, values)
+            owners = checkpoint_names(name, arch, shape)
+            for part, owner in enumerate(owners):
+                raw = file.data(name, part, len(owners)).reshape(shape[-2], -1)
                 ordered = raw if heads is None else halved(raw, heads)
                 try:
-                    yield checkpoint_name(name, arch), unpack(ordered, grids[name], entry.shape[1])
+                    yield owner, unpack(ordered, grids[name], shape[-1])
                 except ValueError as error:
                     raise FailedError(f"{file.path}: {name} is damaged ({error}); export it again.") from error
 
@@ -174,17 +195,18 @@ class GgufExporter:
         for path, tensor in ((path, tensor) for path, reader in readers.items() for tensor in reader.tensors):
             if tensor.name in COMPUTED:
                 continue
-            shape = [int(size) for size in tensor.shape[::-1]]
-            # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
-            raw = np.fromfile(path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
-            weight = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
             heads = _heads(tensor.name, values)
-            ordered = weight.copy() if heads is None else halved(weight, heads)
-            yield checkpoint_name(tensor.name, values["general.architecture"]), torch.from_numpy(ordered)
+            shape = tuple(int(size) for size in tensor.shape[::-1])
+            owners = checkpoint_names(tensor.name, values["general.architecture"], shape)
+            for part, owner in enumerate(owners):
+                weight = dequantize(_read_part(path, tensor, part, len(owners)), tensor.tensor_type)
+                weight = weight.reshape(checkpoint_shape(tensor.name, shape))
+                yield owner, torch.from_numpy(weight.copy() if heads is None else halved(weight, heads))
 
-    def write_importance(self, importance: Importance, path: Path) -> None:
+    def write_importance(self, importance: Importance, path: Path, plan: ModelPlan) -> None:
         """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
-        write_imatrix(path, imatrix_of(importance))
+        mixture = plan.architecture.mixture
+        write_imatrix(path, imatrix_of(importance, mixture.experts if mixture else 1))
 
     def read_importance(self, path: Path, plan: ModelPlan) -> Importance:
         """What `llama-imatrix` wrote, in its GGUF or its older .dat form. See `ImportanceFiles`."""
@@ -236,6 +258,19 @@ def _grid_refusals(plan: ModelPlan) -> list[Refusal]:
     ]
 
 
+def _stack_refusals(plan: ModelPlan) -> list[Refusal]:
+    """The experts of a block are one tensor, and a tensor has one type."""
+    grids: dict[str, set[Grid]] = {}
+    for layer in plan.layers():
+        if is_expert(layer.name):
+            grids.setdefault(gguf_name(layer.name), set()).add(layer.grid)
+    mixed = [name for name, found in grids.items() if len(found) > 1]
+    if not mixed:
+        return []
+    problem = f"the experts in {mixed[0]} have different grids (and {len(mixed) - 1} more); llama.cpp keeps them as one"
+    return [Refusal(problem, "give all experts of a block the same type", "gguf")]
+
+
 def _growth_notes(plan: ModelPlan) -> list[str]:
     """One note a block type whose blocks are shorter than the groups of the grid."""
     grown: dict[BlockType, tuple[float, float]] = {}
@@ -275,6 +310,15 @@ def _refuse_unknown_types(paths: Sequence[Path]) -> None:
     if unknown:
         problem = f"the installed gguf-py does not know {', '.join(unknown)}"
         raise refuse(problem, "update the gguf package once a release does", str(paths[0]))
+
+
+def _read_part(path: Path, tensor: ReaderTensor, part: int, parts: int) -> npt.NDArray[Any]:
+    """One of the equal parts of a tensor that gguf-py found, in rows of bytes or floats. Read, not mapped: the pages
+    that gguf-py's own view touches would stay resident until the last tensor."""
+    count = tensor.data.size // parts
+    offset = tensor.data_offset + part * count * tensor.data.itemsize
+    raw = np.fromfile(path, tensor.data.dtype, count, offset=offset)
+    return raw.reshape(-1, tensor.data.shape[-1])
 
 
 def _parsed(path: Path) -> GgufFile:

@@ -168,7 +168,7 @@ class GgufExporter:
         files = [_parsed(path) for path in exported.files]
         values = files[0].values
         grids, arch = grids_of(values), values["general.architecture"]
-        for file, name in [(file, name) for file in files for name in file.tensors if name in grids]:
+        for file, name in [(one, name) for one in files for name in one.tensors if name in grids]:
             shape, heads = file.tensors[name].shape, _heads(name, values)
             owners = checkpoint_names(name, arch, shape)
             for part, owner in enumerate(owners):

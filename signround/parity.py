@@ -197,7 +197,8 @@ def _expected(artifact: QuantizedCheckpoint, exported: ExportedModel, name: str)
     weight = artifact.weight(name)
     if name in exported.added:
         return weight + exported.added[name]
-    if exported.kept_dtype is not None and name in artifact.kept and weight.ndim > 1:
+    kept = name in artifact.kept and name not in exported.uncast and weight.ndim > 1
+    if exported.kept_dtype is not None and kept:
         return weight.to(exported.kept_dtype).float()
     return weight
 

@@ -7,12 +7,14 @@ has no place for, and tokenizers that it would run otherwise.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,8 +23,10 @@ from exporters.gguf.container import GgufFile
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
 from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
+from exporters.gguf.origins import ORIGINS, added_values, decoded, origins_of, read_back, uncast
 from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
+from exporters.gguf.template import Template
 from exporters.gguf.tokenizer import read_tokenizer
 from exporters.gguf.vocabulary import CarriedTokenizer
 from exporters.gguf.writer import planned_bytes, write_gguf
@@ -39,10 +43,14 @@ from signround.qtensor import QuantizedTensor
 @dataclass(frozen=True)
 class GgufExporter:
     """`float_type`: dtype of unquantised matrices, one of auto (each its own), f32, f16, bf16. `pre`: llama.cpp's
-    name of the tokenizer's splitting rule, auto to find it."""
+    name of the tokenizer's splitting rule, auto to find it. `template`: a float .gguf of llama.cpp's converter whose
+    names, metadata, tokenizer and unquantised tensors are taken over; `source`: the float checkpoint to compare it
+    with, where an artifact alone is exported."""
 
     float_type: str = AUTO
     pre: str = AUTO_PRE
+    template: str = ""
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -60,8 +68,12 @@ class GgufExporter:
         """llama.cpp rounds activations to 8 bits whatever the file says."""
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
-        """Grids without a block type (equal reasons over layers become one), the family, options, tokenizer."""
-        found = self._option_refusals() + _grid_refusals(plan) + hyperparameters.refusals(plan.architecture)
+        """Grids without a block type (equal reasons over layers become one), options; the family and its tokenizer, or
+        the template."""
+        found = self._option_refusals() + _grid_refusals(plan)
+        if self._template is not None:
+            return found or self._template.refusals(plan)
+        found += hyperparameters.refusals(plan.architecture)
         try:
             self._tokenizer(plan)
         except RefusedError as error:
@@ -70,7 +82,10 @@ class GgufExporter:
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """What grows, what llama.cpp ignores, and how its tokenizer differs."""
-        found = _growth_notes(plan) + hyperparameters.notes(plan.architecture)
+        found = _growth_notes(plan)
+        if self._template is not None:
+            return found + [f"gguf: {note}" for note in self._template.notes()]
+        found += hyperparameters.notes(plan.architecture)
         if self.float_type != AUTO:
             found.append(f"gguf: unquantised matrices are stored as {self.float_type}")
         with contextlib.suppress(RefusedError):  # `refusals` names it
@@ -79,17 +94,36 @@ class GgufExporter:
 
     def estimated_bytes(self, plan: ModelPlan) -> int:
         """The exact size."""
+        if self._template is not None:
+            return self._template.planned_bytes(plan)
         return planned_bytes(plan, self._tokenizer(plan), self.float_type)
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
         """Write `<model>-<scheme>.gguf` into `out`. Raises FailedError when the disk is full or a matrix overflows."""
         plan = artifact.plan
         target = out / f"{plan.model}-{plan.scheme}.gguf"
-        tokenizer = self._tokenizer(plan)
-        total = len(layout(plan, self.float_type))
+        names, total = self._writing(artifact)
         on_event(StageStarted("export", f"gguf: {target.name}", total))
         with written_whole(target) as temporary, open(temporary, "wb") as stream:
-            names = write_gguf(
+            for done, name in enumerate(names(stream), 1):
+                on_event(StageAdvanced("export", done, total, name))
+        return self.opened(target)
+
+    def _writing(self, artifact: QuantizedCheckpoint) -> tuple[Callable[[IO[bytes]], Iterator[str]], int]:
+        """What writes the file, tensor by tensor, and how many there are."""
+        plan = artifact.plan
+        template = self._template
+        if template is not None:
+            found = template.refusals(plan)
+            if found:
+                raise RefusedError(found)
+            return lambda stream: template.write(stream, plan, artifact.fingerprint, artifact.quantized), len(
+                template.file.tensors
+            )
+        tokenizer = self._tokenizer(plan)
+
+        def planned(stream: IO[bytes]) -> Iterator[str]:
+            return write_gguf(
                 stream,
                 plan,
                 tokenizer=tokenizer,
@@ -98,9 +132,8 @@ class GgufExporter:
                 quantized=artifact.quantized,
                 kept=artifact.tensor,
             )
-            for done, name in enumerate(names, 1):
-                on_event(StageAdvanced("export", done, total, name))
-        return self.opened(target)
+
+        return planned, len(layout(plan, self.float_type))
 
     def opened(self, target: Path) -> ExportedModel:
         """A .gguf file, or the folder that holds exactly one. Raises RefusedError when signround did not write it."""
@@ -109,13 +142,20 @@ class GgufExporter:
         values = file.values
         if GRIDS not in values or FLOAT_TYPE not in values:
             raise refuse("the file was not written by signround", "give one that `signround export` wrote", str(path))
+        kept_dtype = self._kept_dtype(values[FLOAT_TYPE])
+        if ORIGINS in values:
+            found = origins_of(values)
+            return ExportedModel(self.name, path, (path,), kept_dtype, added_values(found), uncast(file, found))
         arch = values["general.architecture"]
         more = {checkpoint_name(name, arch): value for name in file.tensors if (value := added(name, arch))}
-        return ExportedModel(self.name, path, (path,), self._kept_dtype(values[FLOAT_TYPE]), more)
+        return ExportedModel(self.name, path, (path,), kept_dtype, more)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
         file = _parsed(exported.target)
+        if ORIGINS in file.values:
+            yield from read_back(file)
+            return
         grids, arch = grids_of(file.values), file.values["general.architecture"]
         for name, entry in file.tensors.items():
             if name in grids:
@@ -133,22 +173,22 @@ class GgufExporter:
         refusals = missing_packages(("gguf",), "gguf", "gguf")
         if refusals:
             raise RefusedError(refusals)
-        from gguf import GGUFReader
-        from gguf.quants import dequantize
-
         _refuse_unknown_types(exported.target)
-        reader = GGUFReader(exported.target)
-        values = {key: field.contents() for key, field in reader.fields.items() if "head_count" in key or "arch" in key}
-        for tensor in reader.tensors:
-            if tensor.name in COMPUTED:
+        weights, values = _independent(exported.target), _parsed(exported.target).values
+        if ORIGINS in values:
+            for name, weight in decoded(values, lambda name: weights[name]()):
+                yield name, torch.from_numpy(weight)
+            return
+        for name, decode in weights.items():
+            if name in COMPUTED:
                 continue
-            shape = [int(size) for size in tensor.shape[::-1]]
-            # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
-            raw = np.fromfile(exported.target, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
-            weight = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
-            heads = _heads(tensor.name, values)
+            weight, heads = decode(), _heads(name, values)
             ordered = weight.copy() if heads is None else halved(weight, heads)
-            yield checkpoint_name(tensor.name, values["general.architecture"]), torch.from_numpy(ordered)
+            yield checkpoint_name(name, values["general.architecture"]), torch.from_numpy(ordered)
+
+    @property
+    def _template(self) -> Template | None:
+        return Template(Path(self.template), self.source) if self.template else None
 
     def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
         return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)
@@ -196,6 +236,21 @@ def _heads(name: str, values: dict[str, Any]) -> int | None:
     architecture = values["general.architecture"]
     heads = values[f"{architecture}.attention.head_count"]
     return rotated_heads(name, architecture, heads, values[f"{architecture}.attention.head_count_kv"])
+
+
+def _independent(path: Path) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
+    """GGUF name -> a function that reads and decodes the tensor with gguf-py, in float32."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    def decode(tensor: Any) -> npt.NDArray[np.float32]:
+        shape = [int(size) for size in tensor.shape[::-1]]
+        # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
+        raw = np.fromfile(path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
+        weight: npt.NDArray[np.float32] = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
+        return weight
+
+    return {tensor.name: partial(decode, tensor) for tensor in GGUFReader(path).tensors}
 
 
 def _refuse_unknown_types(path: Path) -> None:

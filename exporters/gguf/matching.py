@@ -71,23 +71,15 @@ def row_hashes(tensor: Tensor) -> Hashes:
 class _Index:
     """Rows of one dtype and one length, of several tensors: sorted by hash once, then searched."""
 
-    owners: list[int] = field(default_factory=list)
-    hashes: list[Hashes] = field(default_factory=list)
+    hashes: dict[int, Hashes] = field(default_factory=dict)
     _sorted: tuple[Hashes, Rows, Rows] | None = None
-
-    def add(self, owner: int, hashes: Hashes) -> None:
-        self.owners.append(owner)
-        self.hashes.append(hashes)
-
-    def of(self, owner: int) -> Hashes:
-        return self.hashes[self.owners.index(owner)]
 
     def find(self, wanted: Hashes) -> tuple[Rows, Rows, Rows, Rows]:
         """(first, last) into (owner, row) of the rows that have each hash."""
         if self._sorted is None:
-            every = np.concatenate(self.hashes)
-            owner = np.concatenate([np.full(len(part), index) for index, part in zip(self.owners, self.hashes)])  # noqa: B905  # same length
-            row = np.concatenate([np.arange(len(part)) for part in self.hashes])
+            every = np.concatenate(list(self.hashes.values()))
+            owner = np.concatenate([np.full(len(part), index) for index, part in self.hashes.items()])
+            row = np.concatenate([np.arange(len(part)) for part in self.hashes.values()])
             order = np.argsort(every, kind="stable")
             self._sorted = every[order], owner[order], row[order]
         every, owner, row = self._sorted
@@ -101,6 +93,7 @@ class RowMatcher:
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], dtypes: Iterable[torch.dtype]
     ) -> None:
         self._names = list(shapes)
+        self._place = {name: index for index, name in enumerate(self._names)}
         self._shapes = [shapes[name] for name in self._names]
         self._read = read
         self._indexes: dict[tuple[torch.dtype, int], _Index] = {}
@@ -118,7 +111,7 @@ class RowMatcher:
             return
         for dtype in dtypes:
             index = self._indexes.setdefault((dtype, tensor.shape[-1]), _Index())
-            index.add(owner, row_hashes(tensor.to(dtype)))
+            index.hashes[owner] = row_hashes(tensor.to(dtype))
 
     def match(self, tensors: Sequence[FloatTensor], data: Callable[[str], Tensor]) -> Matching:
         """`data` gives the tensor of the file by name, in its dtype and shape."""
@@ -145,17 +138,17 @@ class RowMatcher:
         if not bool((first < last).all()):
             return None
         whole = [
-            int(owner)
+            owner
             for owner in dict.fromkeys(owners[first[0] : last[0]].tolist())
-            if np.array_equal(index.of(int(owner)), wanted)
+            if np.array_equal(index.hashes[owner], wanted)
         ]
         if whole:
             return self._made([self._likeliest(name, whole)], None)
         owner, row = owners[first].copy(), rows[first].copy()
-        repeated = np.flatnonzero(last - first > 1)
-        common = np.bincount(owner[last - first == 1], minlength=len(self._names))
-        taken = set(zip(owner.tolist(), row.tolist(), strict=True)) if not len(repeated) else set()
-        for at in repeated.tolist():
+        single = last - first == 1
+        common = np.bincount(owner[single], minlength=len(self._names))
+        taken = set(zip(owner[single].tolist(), row[single].tolist(), strict=True))
+        for at in np.flatnonzero(~single).tolist():  # equal rows: each once, of the tensor that most others come from
             choices = [(int(owners[place]), int(rows[place])) for place in range(first[at], last[at])]
             choice = min(choices, key=lambda one: (one in taken, -common[one[0]], one))
             taken.add(choice)
@@ -178,12 +171,12 @@ class RowMatcher:
         if matrix is None or not name.endswith(".bias"):
             return None
         names = [weight.removesuffix(".weight") + ".bias" for weight in matrix.names]
-        if not set(names) <= set(self._names):
+        if not self._place.keys() >= set(names):
             return None
         pile = torch.cat([self._read(bias).float() for bias in names])
         moved = pile if matrix.rows is None else pile[torch.from_numpy(matrix.rows)]
         same = torch.equal(moved, values.float())
-        return self._made([self._names.index(bias) for bias in names], matrix.rows) if same else None
+        return self._made([self._place[bias] for bias in names], matrix.rows) if same else None
 
     def _likeliest(self, name: str, owners: Sequence[int]) -> int:
         """Among tensors of equal values: one that is not placed yet, of the same block."""
@@ -206,7 +199,7 @@ class RowMatcher:
     def _cover(self, origin: Origin) -> None:
         start = 0
         for name, shape in zip(origin.names, origin.shapes, strict=True):
-            covered = self._covered[self._names.index(name)]
+            covered = self._covered[self._place[name]]
             rows = np.arange(len(covered)) if origin.rows is None else origin.rows - start
             covered[rows[(rows >= 0) & (rows < len(covered))]] = True
             start += row_count(shape)

@@ -44,7 +44,7 @@ def size_label(parameters: int) -> str:
 def provenance(plan: ModelPlan, fingerprint: str, float_type: str) -> list[KeyValue]:
     """`signround.*`: scheme, method, fingerprints, and the grid of every quantised tensor, for `read_back`."""
     arch = ARCHITECTURES[plan.architecture.family.model_type]
-    grids = _grids_text((gguf_name(layer.name, arch), layer.grid) for layer in plan.layers())
+    grids = grids_text((gguf_name(layer.name, arch), layer.grid) for layer in plan.layers())
     return [
         KeyValue("signround.scheme", "string", plan.scheme),
         KeyValue("signround.method", "string", plan.tuning.method),
@@ -55,7 +55,8 @@ def provenance(plan: ModelPlan, fingerprint: str, float_type: str) -> list[KeyVa
     ]
 
 
-def _grids_text(named: Iterable[tuple[str, Grid]]) -> str:
+def grids_text(named: Iterable[tuple[str, Grid]]) -> str:
+    """The value of GRIDS: (GGUF tensor name, grid) of every quantised tensor."""
     tensors: dict[Grid, list[str]] = {}
     for name, grid in named:
         tensors.setdefault(grid, []).append(name)

@@ -63,7 +63,7 @@ def row_count(shape: Sequence[int]) -> int:
 def row_hashes(tensor: Tensor) -> Hashes:
     """uint64 [rows]: the hash of each row's bytes; a vector is one row."""
     raw = tensor.contiguous().view(torch.uint8).numpy().reshape(math.prod(tensor.shape[:-1]), -1)
-    digests = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in raw)
+    digests = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in raw)
     return np.frombuffer(digests, np.uint64)
 
 
@@ -116,41 +116,43 @@ class RowMatcher:
     def match(self, tensors: Sequence[FloatTensor], data: Callable[[str], Tensor]) -> Matching:
         """`data` gives the tensor of the file by name, in its dtype and shape."""
         origins: dict[str, Origin] = {}
-        strange = []
-        for tensor in sorted(tensors, key=lambda tensor: len(tensor.shape) == 1):  # biases after their matrices
-            found = self._origin(tensor, data(tensor.name), origins)
-            if found is None:
-                strange.append(tensor.name)
-            else:
-                origins[tensor.name] = found
-                self._cover(found)
+        vectors = [tensor for tensor in tensors if len(tensor.shape) == 1]
+        hashes = {tensor: row_hashes(data(tensor.name)) for tensor in tensors if len(tensor.shape) > 1}
+        # Whole tensors first, so that equal rows elsewhere (of zeros) find theirs untaken; biases after their matrices.
+        for search in (self._whole, self._rows):
+            for tensor in [tensor for tensor in hashes if tensor.name not in origins]:
+                index = self._indexes.get((tensor.dtype, tensor.shape[-1]))
+                self._note(origins, tensor, None if index is None else search(tensor.name, hashes[tensor], index))
+        for tensor in vectors:
+            values = data(tensor.name)
+            self._note(origins, tensor, self._vector(tensor.name, values) or self._bias(tensor.name, values, origins))
+        strange = tuple(tensor.name for tensor in tensors if tensor.name not in origins)
         missing = [name for name, covered in zip(self._names, self._covered, strict=True) if not covered.all()]
-        return Matching(origins, tuple(strange), tuple(missing))
+        return Matching(origins, strange, tuple(missing))
 
-    def _origin(self, tensor: FloatTensor, values: Tensor, known: Mapping[str, Origin]) -> Origin | None:
-        if len(tensor.shape) == 1:
-            return self._vector(tensor.name, values) or self._bias(tensor.name, values, known)
-        index = self._indexes.get((tensor.dtype, tensor.shape[-1]))
-        return None if index is None else self._matrix(tensor.name, row_hashes(values), index)
+    def _note(self, origins: dict[str, Origin], tensor: FloatTensor, found: Origin | None) -> None:
+        if found is None:
+            return
+        origins[tensor.name] = found
+        for name, _, rows in parts(found):
+            self._covered[self._place[name]][rows] = True
 
-    def _matrix(self, name: str, wanted: Hashes, index: _Index) -> Origin | None:
+    def _whole(self, name: str, wanted: Hashes, index: _Index) -> Origin | None:
+        """A tensor that is one of the checkpoint's as it is."""
+        same = [owner for owner, hashes in index.hashes.items() if np.array_equal(hashes, wanted)]
+        return self._made([self._likeliest(name, same)], None) if same else None
+
+    def _rows(self, name: str, wanted: Hashes, index: _Index) -> Origin | None:
         first, last, owners, rows = index.find(wanted)
         if not bool((first < last).all()):
             return None
-        whole = [
-            owner
-            for owner in dict.fromkeys(owners[first[0] : last[0]].tolist())
-            if np.array_equal(index.hashes[owner], wanted)
-        ]
-        if whole:
-            return self._made([self._likeliest(name, whole)], None)
         owner, row = owners[first].copy(), rows[first].copy()
         single = last - first == 1
         common = np.bincount(owner[single], minlength=len(self._names))
         taken = set(zip(owner[single].tolist(), row[single].tolist(), strict=True))
         for at in np.flatnonzero(~single).tolist():  # equal rows: each once, of the tensor that most others come from
             choices = [(int(owners[place]), int(rows[place])) for place in range(first[at], last[at])]
-            choice = min(choices, key=lambda one: (one in taken, -common[one[0]], one))
+            choice = min(choices, key=lambda one: (one in taken or self._covered[one[0]][one[1]], -common[one[0]], one))
             taken.add(choice)
             owner[at], row[at] = choice
         order = list(dict.fromkeys(owner.tolist()))
@@ -195,14 +197,6 @@ class RowMatcher:
         if rows is not None and np.array_equal(rows, np.arange(everything)):
             rows = None
         return Origin(tuple(self._names[owner] for owner in owners), shapes, rows)
-
-    def _cover(self, origin: Origin) -> None:
-        start = 0
-        for name, shape in zip(origin.names, origin.shapes, strict=True):
-            covered = self._covered[self._place[name]]
-            rows = np.arange(len(covered)) if origin.rows is None else origin.rows - start
-            covered[rows[(rows >= 0) & (rows < len(covered))]] = True
-            start += row_count(shape)
 
 
 def parts(origin: Origin) -> list[tuple[str, Rows, Rows]]:

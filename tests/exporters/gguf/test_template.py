@@ -292,5 +292,4 @@ def test_any_rows_are_found(seed: int, count: int, rows: int, few_values: bool) 
     for name, origin in matching.origins.items():
         for checkpoint_name, here, there in parts(origin):
             assert torch.equal(checkpoint[checkpoint_name].half()[there], file[name][here])
-    if not few_values and len(torch.unique(pile, dim=0)) == len(pile):
-        assert not matching.missing
+    assert not matching.missing

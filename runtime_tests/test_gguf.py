@@ -86,7 +86,8 @@ def test_float_file_is_the_float_model(family: str, tmp_path: Path) -> None:
     windows = some_windows(tokens=100 if family == "llama3-rope" else 32, count=1)
     found = runtime_logits(write_float_gguf(model, tmp_path / "float.gguf"), windows)
     difference = log_probabilities(found) - log_probabilities(transformers_logits(model, windows))
-    assert float(difference.abs().max()) < 1e-3
+    # llama.cpp looks GELU up in a table of fp16 values: test_gguf_families.py compares with the same table
+    assert float(difference.abs().max()) < (2e-3 if "gemma" in family else 1e-3)
 
 
 def test_linear_rope_scaling(tmp_path: Path) -> None:
@@ -107,6 +108,13 @@ COVERING = [
     ("mistral", "q5_1", "llama2"),
     ("qwen2", "q8_0", "qwen2"),
     ("qwen3", "w4gc", "qwen2"),
+    ("gemma2", "q5_0", "llama2"),
+    ("gemma3", "q4_1", "llama2"),
+    ("phi3", "w4g128", "gpt2"),
+    ("phi4-mini-like", "q5_1", "gpt2"),
+    ("smollm3", "q4_1", "llama3"),
+    ("granite", "q8_0", "gpt2"),
+    ("olmo2", "w4g64", "gpt2"),
 ]
 
 

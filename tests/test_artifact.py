@@ -48,7 +48,7 @@ class Job:
                 writer.commit_outer(name, tensor)
             for index, (quantized, kept) in enumerate(self.blocks[:stop_after]):
                 if not writer.has_block(index):
-                    writer.commit_block(index, quantized, kept, BlockRecord(index, seconds, 2.0, 1.0, {}, 5, 6))
+                    writer.commit_block(index, quantized, kept, BlockRecord(index, seconds, 2.0, 1.0, {}, 5, 6), {})
                     written.append(index)
             if stop_after is None:
                 writer.finish()

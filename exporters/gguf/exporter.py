@@ -20,6 +20,7 @@ from torch import Tensor
 
 from exporters.gguf import hyperparameters
 from exporters.gguf.container import GgufFile
+from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
 from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
@@ -36,6 +37,7 @@ from signround.events import Listener, StageAdvanced, StageStarted
 from signround.exporting import ExportedModel, missing_packages
 from signround.files import written_whole
 from signround.grid import Grid
+from signround.importance import Importance
 from signround.plan import LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 
@@ -59,6 +61,10 @@ class GgufExporter:
     @property
     def zero_floor(self) -> int:
         return 0
+
+    @property
+    def file_types(self) -> bool:
+        return True
 
     def holds(self, grid: Grid, columns: int) -> bool:
         """See `Exporter.holds`."""
@@ -189,6 +195,16 @@ class GgufExporter:
     @property
     def _template(self) -> Template | None:
         return Template(Path(self.template), self.source) if self.template else None
+
+    def write_importance(self, importance: Importance, path: Path) -> None:
+        """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
+        write_imatrix(path, imatrix_of(importance))
+
+    def read_importance(self, path: Path, plan: ModelPlan) -> Importance:
+        """What `llama-imatrix` wrote, in its GGUF or its older .dat form. See `ImportanceFiles`."""
+        columns = {layer.name: layer.columns for layer in plan.layers()}
+        columns |= {kept.name: kept.shape[-1] for kept in plan.outer if len(kept.shape) > 1}
+        return importance_of(read_imatrix(path), columns, str(path))
 
     def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
         return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)

@@ -24,6 +24,7 @@ def _serve(path: str, threads: int, repack: bool, key: str, context: int) -> Non
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.cache_ram_mib = 0  # no copies of old prompts
+    parameters.swa_full = True  # the narrow cache of sliding windows is not rolled back rightly between prompts
     parameters.fit_params = False  # the context asked for, whatever memory seems free
     parameters.api_keys = [key]
     server = xllamacpp.Server(parameters)

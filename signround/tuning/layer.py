@@ -15,8 +15,7 @@ from signround.tuning.start import Start
 
 
 class TunedLayer:
-    """`weight` float32 [rows, columns] on the tuning device; `start` the ranges where tuning starts. The super-scales
-    of a two-level grid stay where the search put them: alpha and beta move the small integers beneath."""
+    """`weight` float32 [rows, columns] on the tuning device; `start` the ranges where tuning starts."""
 
     def __init__(self, grid: Grid, weight: Tensor, start: Start) -> None:
         self.grid = grid
@@ -28,8 +27,10 @@ class TunedLayer:
         self.shrink_low = torch.ones_like(start.low, requires_grad=True)  # beta
 
     def ranges(self) -> tuple[Tensor, ...]:
-        """alpha and beta, where they can move anything: an exponent's steps of two are not walked by small steps."""
-        return () if self.grid.power_of_two else (self.shrink_high, self.shrink_low)
+        """alpha and beta, where moving them helps. The steps of two of an exponent are not walked by small steps, and
+        two-level scales are best left where the search put them (docs/decisions.md has the measurement)."""
+        frozen = self.grid.power_of_two or self.grid.super_block is not None
+        return () if frozen else (self.shrink_high, self.shrink_low)
 
     def fake_quantized(self) -> Tensor:
         """Decoded weight [rows, columns] with straight-through gradients to V, alpha and beta."""

@@ -33,7 +33,6 @@ class SignDescent:
     quantized_inputs: bool
     offset_limit: float | None
     range_limit: float
-    range_rate: float = 1.0
 
     def parameters(self, layers: Sequence[TunedLayer]) -> list[Tensor]:
         """The tensors that learn, in a fixed order."""
@@ -46,11 +45,8 @@ class SignDescent:
         """One update in place, without a look at any value on the host."""
         with torch.no_grad():
             parameters = self.parameters(layers)
-            signs = torch._foreach_sign(list(gradients))
+            torch._foreach_add_(parameters, torch._foreach_sign(list(gradients)), alpha=-rate)
             offsets, ranges = parameters[: len(layers)], parameters[len(layers) :]
-            torch._foreach_add_(offsets, signs[: len(layers)], alpha=-rate)
-            if ranges:
-                torch._foreach_add_(ranges, signs[len(layers) :], alpha=-rate * self.range_rate)
             if self.offset_limit is not None:
                 torch._foreach_clamp_min_(offsets, -self.offset_limit)
                 torch._foreach_clamp_max_(offsets, self.offset_limit)

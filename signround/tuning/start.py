@@ -214,7 +214,7 @@ def _better_super_blocks(
     """The best of several sets of fields, super-block by super-block."""
     assert grid.super_block is not None
     groups = grid.super_block.groups
-    errors = [_error(grid, blocks, fields, importance).unflatten(-1, (-1, groups)).sum(-1) for fields in candidates]
+    errors = [_by_super_block(_error(grid, blocks, fields, importance), groups).sum(-1) for fields in candidates]
     choice = torch.stack(errors).argmin(0)  # [rows, super-blocks]
     best = candidates[0]
     for index, fields in enumerate(candidates[1:], 1):
@@ -222,6 +222,11 @@ def _better_super_blocks(
         each = {True: chosen, False: chosen.repeat_interleave(groups, -1)}
         best = {name: torch.where(each[name.endswith("_super")], fields[name], best[name]) for name in best}
     return best
+
+
+def _by_super_block(values: Tensor, length: int) -> Tensor:
+    """[rows, super-blocks * length] -> [rows, super-blocks, length]."""
+    return values.reshape(len(values), -1, length)
 
 
 def _stretched_super(
@@ -252,22 +257,23 @@ def _neighbours(grid: Grid, blocks: Tensor, importance: Tensor, fields: dict[str
 def _refitted_super(grid: Grid, blocks: Tensor, importance: Tensor, fields: dict[str, Tensor]) -> dict[str, Tensor]:
     """Super-scales by weighted least squares for the codes and small integers at hand, where that is better."""
     assert grid.super_block is not None
-    shape = (-1, grid.super_block.groups)
+    groups = grid.super_block.groups
     codes = grid.codes(blocks, fields)
     direct = replace(grid, super_block=None)
     subs = {name: fields[f"{name}_sub"] for name in ("scale", "minimum") if f"{name}_sub" in fields}
     nothing = torch.zeros_like(subs["scale"])
-    units = direct.decode(codes, {"scale": subs["scale"], "minimum": nothing}).unflatten(-2, shape)
-    wide = importance.expand_as(blocks).unflatten(-2, shape)
-    values = blocks.unflatten(-2, shape)
+    units = direct.decode(codes, {"scale": subs["scale"], "minimum": nothing})
+    units = _by_super_block(units.flatten(-2), groups * blocks.shape[-1])
+    wide = _by_super_block(importance.expand_as(blocks).flatten(-2), groups * blocks.shape[-1])
+    values = _by_super_block(blocks.flatten(-2), groups * blocks.shape[-1])
 
     def total(left: Tensor, right: Tensor) -> Tensor:
-        return (wide * left * right).sum((-1, -2))
+        return (wide * left * right).sum(-1)
 
     if grid.zero != "minimum":
         refitted = {"scale_super": total(units, values) * safe_reciprocal(total(units, units))}
     else:
-        below = -subs["minimum"].unflatten(-1, shape).unsqueeze(-1).expand_as(values)
+        below = -_by_super_block(subs["minimum"].repeat_interleave(blocks.shape[-1], -1), groups * blocks.shape[-1])
         aa, bb, ab = total(units, units), total(below, below), total(units, below)
         ax, bx = total(units, values), total(below, values)
         inverse = safe_reciprocal(aa * bb - ab.square())

@@ -9,7 +9,8 @@ Layout (ggml/docs/gguf.md; all little endian):
     padding to 32, then each tensor, padded to 32
 
 Sizes come first and bytes later: the table is laid out from shapes, then one tensor at a time is written. Knows no
-models, no quantisation types (a type is its id and its byte count), no big-endian files, no other version, no splits.
+models, no quantisation types (a type is its id and its byte count), no big-endian files, no other version; a model in
+several files is several of these (`splits.py`).
 """
 
 from __future__ import annotations
@@ -79,15 +80,35 @@ def _encoded(entry: KeyValue) -> bytes:
 
 def header(entries: Sequence[KeyValue], tensors: Sequence[TensorEntry]) -> bytes:
     """Everything before the tensor data, padding included."""
-    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(entries))]
-    parts += [_encoded(entry) for entry in entries]
+    parts = [_preamble(entries, len(tensors))]
     offset = 0
     for tensor in tensors:
-        sizes = tensor.shape[::-1]
-        parts += [_string(tensor.name), struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, tensor.type, offset)]
+        parts.append(_row(tensor, offset))
         offset += padded(tensor.bytes)
     raw = b"".join(parts)
     return raw + bytes(padded(len(raw)) - len(raw))
+
+
+def _preamble(entries: Sequence[KeyValue], tensors: int) -> bytes:
+    """Everything before the tensor table."""
+    counts = struct.pack("<IQQ", VERSION, tensors, len(entries))
+    return b"".join([MAGIC, counts, *(_encoded(entry) for entry in entries)])
+
+
+def _row(tensor: TensorEntry, offset: int) -> bytes:
+    """One row of the tensor table."""
+    sizes = tensor.shape[::-1]
+    return _string(tensor.name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, tensor.type, offset)
+
+
+def preamble_bytes(entries: Sequence[KeyValue]) -> int:
+    """Size of a header without its tensor table and padding."""
+    return len(_preamble(entries, 0))
+
+
+def row_bytes(tensor: TensorEntry) -> int:
+    """Size of a tensor's row in the table."""
+    return len(_row(tensor, 0))
 
 
 def file_bytes(entries: Sequence[KeyValue], tensors: Sequence[TensorEntry]) -> int:

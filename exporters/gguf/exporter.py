@@ -6,51 +6,53 @@ has no place for, and tokenizers that it would run otherwise.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from exporters.gguf import hyperparameters
-from exporters.gguf.container import GgufFile
+from exporters.gguf.container import GgufFile, write
 from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
-from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
+from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
 from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
+from exporters.gguf.naming import file_stem
 from exporters.gguf.origins import ORIGINS, added_values, decoded, origins_of, read_back, uncast
 from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
+from exporters.gguf.route import FromPlan, Route
+from exporters.gguf.splits import Part, size_in_bytes, split_problem
 from exporters.gguf.template import Template
-from exporters.gguf.tokenizer import read_tokenizer
-from exporters.gguf.vocabulary import CarriedTokenizer
-from exporters.gguf.writer import planned_bytes, write_gguf
+from exporters.gguf.writer import UNKNOWN
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
 from signround.exporting import ExportedModel, missing_packages
-from signround.files import written_whole
+from signround.files import PARTIAL, files_written_whole
 from signround.grid import Grid
 from signround.importance import Importance
 from signround.plan import LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.gguf_files import is_version_of, model_files, part_name
 
 
 @dataclass(frozen=True)
 class GgufExporter:
     """`float_type`: dtype of unquantised matrices, one of auto (each its own), f32, f16, bf16. `pre`: llama.cpp's
-    name of the tokenizer's splitting rule, auto to find it. `template`: a float .gguf of llama.cpp's converter whose
-    names, metadata, tokenizer and unquantised tensors are taken over; `source`: the float checkpoint to compare it
-    with, where an artifact alone is exported."""
+    name of the tokenizer's splitting rule, auto to find it. `split_max_size`: no file larger than this (2G, 500M, 64K;
+    decimal), empty for one file. `template`: a float .gguf of llama.cpp's converter whose names, metadata, tokenizer
+    and unquantised tensors are taken over; `source`: the float checkpoint to compare it with, where an artifact alone
+    is exported."""
 
     float_type: str = AUTO
     pre: str = AUTO_PRE
+    split_max_size: str = ""
     template: str = ""
     source: str = ""
 
@@ -76,102 +78,79 @@ class GgufExporter:
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """Grids without a block type (equal reasons over layers become one), options; the family and its tokenizer, or
         the template."""
-        found = self._option_refusals() + _grid_refusals(plan)
-        if self._template is not None:
-            return found or self._template.refusals(plan)
-        found += hyperparameters.refusals(plan.architecture)
-        try:
-            self._tokenizer(plan)
-        except RefusedError as error:
-            found += error.refusals
-        return found
+        found = self._option_refusals() + _grid_refusals(plan) + self._route.refusals(plan)
+        return found or self._split_refusals(plan)
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """What grows, what llama.cpp ignores, and how its tokenizer differs."""
-        found = _growth_notes(plan)
-        if self._template is not None:
-            return found + [f"gguf: {note}" for note in self._template.notes()]
-        found += hyperparameters.notes(plan.architecture)
-        if self.float_type != AUTO:
-            found.append(f"gguf: unquantised matrices are stored as {self.float_type}")
-        with contextlib.suppress(RefusedError):  # `refusals` names it
-            found += [f"gguf: {note}" for note in self._tokenizer(plan).notes]
-        return found
+        return _growth_notes(plan) + [f"gguf: {note}" for note in self._route.notes(plan)]
 
     def estimated_bytes(self, plan: ModelPlan) -> int:
         """The exact size."""
-        if self._template is not None:
-            return self._template.planned_bytes(plan)
-        return planned_bytes(plan, self._tokenizer(plan), self.float_type)
+        return sum(part.bytes for part in self._parts(plan))
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
-        """Write `<model>-<scheme>.gguf` into `out`. Raises FailedError when the disk is full or a matrix overflows."""
+        """Write `<name>-<size>-<scheme>.gguf` into `out`, or its parts: all of them or none. Files of an earlier export
+        of the same name in another number of parts are removed.
+
+        Raises FailedError when the disk is full or a matrix overflows.
+        """
         plan = artifact.plan
-        target = out / f"{plan.model}-{plan.scheme}.gguf"
-        names, total = self._writing(artifact)
-        on_event(StageStarted("export", f"gguf: {target.name}", total))
-        with written_whole(target) as temporary, open(temporary, "wb") as stream:
-            for done, name in enumerate(names(stream), 1):
-                on_event(StageAdvanced("export", done, total, name))
-        return self.opened(target)
-
-    def _writing(self, artifact: QuantizedCheckpoint) -> tuple[Callable[[IO[bytes]], Iterator[str]], int]:
-        """What writes the file, tensor by tensor, and how many there are."""
-        plan = artifact.plan
-        template = self._template
-        if template is not None:
-            found = template.refusals(plan)
-            if found:
-                raise RefusedError(found)
-            return lambda stream: template.write(stream, plan, artifact.fingerprint, artifact.quantized), len(
-                template.file.tensors
-            )
-        tokenizer = self._tokenizer(plan)
-
-        def planned(stream: IO[bytes]) -> Iterator[str]:
-            return write_gguf(
-                stream,
-                plan,
-                tokenizer=tokenizer,
-                fingerprint=artifact.fingerprint,
-                float_type=self.float_type,
-                quantized=artifact.quantized,
-                kept=artifact.tensor,
-            )
-
-        return planned, len(layout(plan, self.float_type))
+        stem = file_stem(plan.model, plan.parameters, plan.scheme)
+        parts = self._parts(plan, artifact.fingerprint)
+        data = self._route.data(artifact)
+        files = tuple(out / part_name(stem, index, len(parts)) for index in range(len(parts)))
+        total = sum(len(part.tensors) for part in parts)
+        done = 0
+        on_event(StageStarted("export", f"gguf: {files[0].name}", total))
+        with files_written_whole(files, _other_versions(out, stem, files)) as temporaries:
+            for part, temporary in zip(parts, temporaries, strict=True):
+                with open(temporary, "wb") as stream:
+                    for entry in write(stream, part.entries, part.tensors, data):
+                        done += 1
+                        on_event(StageAdvanced("export", done, total, entry.name))
+        return self.opened(files[0])
 
     def opened(self, target: Path) -> ExportedModel:
-        """A .gguf file, or the folder that holds exactly one. Raises RefusedError when signround did not write it."""
-        path = _only_file(target)
-        file = _parsed(path)
-        values = file.values
+        """A .gguf file, the first of several parts, or the folder that holds exactly one model. Raises RefusedError
+        when signround did not write it, or when parts are missing or of another export."""
+        paths = model_files(target)
+        files = [_parsed(path) for path in paths]
+        values = files[0].values
         if GRIDS not in values or FLOAT_TYPE not in values:
-            raise refuse("the file was not written by signround", "give one that `signround export` wrote", str(path))
+            raise refuse(
+                "the file was not written by signround", "give one that `signround export` wrote", str(paths[0])
+            )
+        problem = split_problem(files)
+        if problem is not None:
+            raise refuse(problem, "put the parts of one export together, or export again", str(paths[0]))
         kept_dtype = self._kept_dtype(values[FLOAT_TYPE])
         if ORIGINS in values:
             found = origins_of(values)
-            return ExportedModel(self.name, path, (path,), kept_dtype, added_values(found), uncast(file, found))
+            return ExportedModel(self.name, paths[0], paths, kept_dtype, added_values(found), uncast(files, found))
         arch = values["general.architecture"]
-        more = {checkpoint_name(name, arch): value for name in file.tensors if (value := added(name, arch))}
-        return ExportedModel(self.name, path, (path,), kept_dtype, more)
+        names = [name for file in files for name in file.tensors]
+        more = {checkpoint_name(name, arch): value for name in names if (value := added(name, arch))}
+        return ExportedModel(self.name, paths[0], paths, kept_dtype, more)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
-        file = _parsed(exported.target)
-        if ORIGINS in file.values:
-            yield from read_back(file)
+        parts = [_parsed(path) for path in exported.files]
+        values = parts[0].values
+        if ORIGINS in values:
+            yield from read_back(parts)
             return
-        grids, arch = grids_of(file.values), file.values["general.architecture"]
-        for name, entry in file.tensors.items():
-            if name in grids:
+        grids, arch = grids_of(values), values["general.architecture"]
+        for file in parts:
+            for name in [name for name in file.tensors if name in grids]:
+                entry = file.tensors[name]
                 raw = file.data(name).reshape(entry.shape[0], -1)
-                heads = _heads(name, file.values)
+                heads = _heads(name, values)
                 ordered = raw if heads is None else halved(raw, heads)
                 try:
                     yield checkpoint_name(name, arch), unpack(ordered, grids[name], entry.shape[1])
                 except ValueError as error:
-                    raise FailedError(f"{exported.target}: {name} is damaged ({error}); export it again.") from error
+                    raise FailedError(f"{file.path}: {name} is damaged ({error}); export it again.") from error
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
         """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it, and
@@ -179,8 +158,8 @@ class GgufExporter:
         refusals = missing_packages(("gguf",), "gguf", "gguf")
         if refusals:
             raise RefusedError(refusals)
-        _refuse_unknown_types(exported.target)
-        weights, values = _independent(exported.target), _parsed(exported.target).values
+        _refuse_unknown_types(exported.files)
+        weights, values = _independent(exported.files), _parsed(exported.target).values
         if ORIGINS in values:
             for name, weight in decoded(values, lambda name: weights[name]()):
                 yield name, torch.from_numpy(weight)
@@ -192,10 +171,6 @@ class GgufExporter:
             ordered = weight.copy() if heads is None else halved(weight, heads)
             yield checkpoint_name(name, values["general.architecture"]), torch.from_numpy(ordered)
 
-    @property
-    def _template(self) -> Template | None:
-        return Template(Path(self.template), self.source) if self.template else None
-
     def write_importance(self, importance: Importance, path: Path) -> None:
         """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
         write_imatrix(path, imatrix_of(importance))
@@ -206,14 +181,39 @@ class GgufExporter:
         columns |= {kept.name: kept.shape[-1] for kept in plan.outer if len(kept.shape) > 1}
         return importance_of(read_imatrix(path), columns, str(path))
 
-    def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
-        return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)
+    @property
+    def _route(self) -> Route:
+        return Template(Path(self.template), self.source) if self.template else FromPlan(self.float_type, self.pre)
+
+    def _parts(self, plan: ModelPlan, fingerprint: str = UNKNOWN) -> Sequence[Part]:
+        limit = size_in_bytes(self.split_max_size) if self.split_max_size else None
+        return self._route.parts(plan, limit, fingerprint)
+
+    def _split_refusals(self, plan: ModelPlan) -> list[Refusal]:
+        """A limit that the largest tensor, or the metadata with the first one, goes beyond."""
+        try:
+            self._parts(plan)
+        except ValueError as error:
+            return [Refusal(f"split_max_size is too small: {error}", "choose at least that", "gguf")]
+        return []
 
     def _option_refusals(self) -> list[Refusal]:
-        if self.float_type in (AUTO, *FLOAT_TYPES):
-            return []
-        allowed = ", ".join((AUTO, *FLOAT_TYPES))
-        return [Refusal(f"float_type {self.float_type!r} is not known", f"choose one of {allowed}", "gguf.float_type")]
+        found = []
+        if self.float_type not in (AUTO, *FLOAT_TYPES):
+            allowed = ", ".join((AUTO, *FLOAT_TYPES))
+            problem = f"float_type {self.float_type!r} is not known"
+            found.append(Refusal(problem, f"choose one of {allowed}", "gguf.float_type"))
+        try:
+            size_in_bytes(self.split_max_size or "1G")
+        except ValueError as error:
+            found.append(Refusal(f"split_max_size {error}", "give a number and a unit: 2G, 500M", "gguf"))
+        unused = [name for name, value in (("float_type", self.float_type), ("pre", self.pre)) if value != AUTO]
+        if self.template and unused:
+            problem = f"{unused[0]} is given, and the template decides it"
+            found.append(Refusal(problem, "leave one of the two out", f"gguf.{unused[0]}"))
+        if self.source and not self.template:
+            found.append(Refusal("source is given without a template", "add gguf.template=FILE", "gguf.source"))
+        return found
 
     @staticmethod
     def _kept_dtype(float_type: str) -> torch.dtype | None:
@@ -254,41 +254,38 @@ def _heads(name: str, values: dict[str, Any]) -> int | None:
     return rotated_heads(name, architecture, heads, values[f"{architecture}.attention.head_count_kv"])
 
 
-def _independent(path: Path) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
+def _other_versions(out: Path, stem: str, files: Sequence[Path]) -> list[Path]:
+    """What earlier exports of this model left in `out` under names that this one does not use."""
+    used = {path.name for path in files} | {f"{PARTIAL}{path.name}" for path in files}
+    found = out.iterdir() if out.is_dir() else ()
+    return [path for path in found if is_version_of(path.name, stem) and path.name not in used]
+
+
+def _independent(paths: Sequence[Path]) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
     """GGUF name -> a function that reads and decodes the tensor with gguf-py, in float32."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    def decode(tensor: Any) -> npt.NDArray[np.float32]:
+    def decode(path: Path, tensor: Any) -> npt.NDArray[np.float32]:
         shape = [int(size) for size in tensor.shape[::-1]]
         # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
         raw = np.fromfile(path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
         weight: npt.NDArray[np.float32] = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
         return weight
 
-    return {tensor.name: partial(decode, tensor) for tensor in GGUFReader(path).tensors}
+    return {tensor.name: partial(decode, path, tensor) for path in paths for tensor in GGUFReader(path).tensors}
 
 
-def _refuse_unknown_types(path: Path) -> None:
+def _refuse_unknown_types(paths: Sequence[Path]) -> None:
     """gguf-py stops at the first type it has no name for."""
     from gguf import GGMLQuantizationType
 
     known = {kind.value for kind in GGMLQuantizationType}
-    used = {entry.type for entry in _parsed(path).tensors.values()}
+    used = {entry.type for path in paths for entry in _parsed(path).tensors.values()}
     unknown = [kind.name for kind in BLOCK_TYPES if kind.code in used - known]
     if unknown:
         problem = f"the installed gguf-py does not know {', '.join(unknown)}"
-        raise refuse(problem, "update the gguf package once a release does", str(path))
-
-
-def _only_file(target: Path) -> Path:
-    if not target.is_dir():
-        return target
-    files = sorted(target.glob("*.gguf"))
-    if len(files) != 1:
-        found = ", ".join(path.name for path in files) or "none"
-        raise refuse(f"the folder must hold exactly one .gguf file, found {found}", "name the file", str(target))
-    return files[0]
+        raise refuse(problem, "update the gguf package once a release does", str(paths[0]))
 
 
 def _parsed(path: Path) -> GgufFile:

@@ -1,9 +1,9 @@
 """Find for every tensor of a float GGUF file the rows of the checkpoint that it was made of, by comparing values.
 
-A row is known by the hash of its bytes after the cast to the file's dtype, so permuted, fused, split and stacked matrices
-are found alike, in one pass over each file with one tensor in memory. Vectors are compared whole, as they are or with 1
-added (Gemma's norms); a bias may follow the rows of its matrix. Columns must be in order: groups along the inputs would
-not survive anything else, and transposed or rescaled matrices are therefore not found.
+A row is known by the hash of its bytes after the cast to the file's dtype, so permuted, fused, split and stacked
+matrices are found alike, in one pass over each file with one tensor in memory. Vectors are compared whole, as they are
+or with 1 added (Gemma's norms); a bias may follow the rows of its matrix. Columns must be in order: groups along the
+inputs would not survive anything else, and transposed or rescaled matrices are therefore not found.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,10 +61,12 @@ def added_values(origins: Mapping[str, Origin]) -> dict[str, float]:
     return {name: origin.added for origin in origins.values() if origin.added for name in origin.names}
 
 
-def uncast(file: GgufFile, origins: Mapping[str, Origin]) -> frozenset[str]:
-    """Kept matrices that the file holds in float32, and therefore as they were."""
+def uncast(files: Sequence[GgufFile], origins: Mapping[str, Origin]) -> frozenset[str]:
+    """Kept matrices that the files hold in float32, and therefore as they were."""
     full = FLOAT_TYPES["f32"].code
-    held = [origin for name, origin in origins.items() if file.tensors[name].type == full]
+    held = [
+        origins[name] for file in files for name in file.tensors if file.tensors[name].type == full and name in origins
+    ]
     return frozenset(
         name for origin in held for name, shape in zip(origin.names, origin.shapes, strict=True) if len(shape) > 1
     )
@@ -92,15 +94,18 @@ def gathered(
         yield name, next(iter(pieces)), found
 
 
-def read_back(file: GgufFile) -> Iterator[tuple[str, QuantizedTensor]]:
-    """See `Exporter.read_back`."""
-    grids = grids_of(file.values)
-    origins = {name: origin for name, origin in origins_of(file.values).items() if name in grids}
+def read_back(files: Sequence[GgufFile]) -> Iterator[tuple[str, QuantizedTensor]]:
+    """See `Exporter.read_back`; `files` are the parts of one model."""
+    grids = grids_of(files[0].values)
+    origins = {name: origin for name, origin in origins_of(files[0].values).items() if name in grids}
+    holders = {name: file for file in files for name in file.tensors}
 
     def rows_of(name: str) -> npt.NDArray[np.uint8]:
+        file = holders[name]
         return file.data(name).reshape(math.prod(file.tensors[name].shape[:-1]), -1)
 
     for name, gguf, raw in gathered(origins, rows_of):
+        file = holders[gguf]
         try:
             yield name, unpack(raw, grids[gguf], file.tensors[gguf].shape[-1])
         except ValueError as error:

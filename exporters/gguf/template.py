@@ -9,32 +9,33 @@ Refuses, with the list, tensors that cannot be matched; quantised and split temp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from exporters.gguf.container import GgufFile, KeyValue, TensorEntry, file_bytes, write
+from exporters.gguf.container import GgufFile, KeyValue, TensorEntry
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, file_type
 from exporters.gguf.matching import FloatTensor, Matching, Origin, RowMatcher
-from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_text
+from exporters.gguf.metadata import provenance
 from exporters.gguf.names import COMPUTED
 from exporters.gguf.origins import origin_entries
 from exporters.gguf.packing import block_type_for, pack
+from exporters.gguf.splits import Part, split
+from exporters.gguf.writer import UNKNOWN
+from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import Refusal, RefusedError, refuse
 from signround.plan import LayerPlan, ModelPlan
-from signround.qtensor import QuantizedTensor
 
 ADVICE = "convert the same checkpoint with llama.cpp's convert_hf_to_gguf.py --outtype f16, bf16 or f32"
 SHOWN = 8
-UNKNOWN_FINGERPRINT = "0" * 64
 _FLOAT = {kind.code: kind for kind in FLOAT_TYPES.values()}
 _matched: dict[tuple[str, int, int, str], Matching] = {}  # the latest: planned once, needed again to write
 
@@ -82,7 +83,7 @@ class Template:
             found.append(Refusal(problem, ADVICE, str(self.path)))
         return found or _mixed(plan, matching.origins, self.path) + self._dtype_refusals(plan, matching)
 
-    def notes(self) -> list[str]:
+    def notes(self, plan: ModelPlan) -> list[str]:
         """What the file takes over."""
         return [f"names, metadata, tokenizer and unquantised tensors come from {self.path.name}, as they are"]
 
@@ -112,30 +113,28 @@ class Template:
             rows.append((entry, parts))
         return rows
 
-    def planned_bytes(self, plan: ModelPlan) -> int:
-        """Exact size of the file to come."""
+    def parts(self, plan: ModelPlan, limit: int | None, fingerprint: str = UNKNOWN) -> Sequence[Part]:
+        """See `Route.parts`."""
         table = self.table(plan)
-        return file_bytes(self._entries(plan, table, UNKNOWN_FINGERPRINT), [entry for entry, _ in table])
+        return split(self._entries(plan, table, fingerprint), [entry for entry, _ in table], limit)
 
-    def write(
-        self, stream: IO[bytes], plan: ModelPlan, fingerprint: str, quantized: Callable[[str], QuantizedTensor]
-    ) -> Iterator[str]:
-        """Yields the name of each tensor after it is written."""
-        table = self.table(plan)
-        swapped = {entry.name: parts for entry, parts in table if parts}
-        origins = self.matching(plan).origins
+    def data(self, artifact: QuantizedCheckpoint) -> Callable[[TensorEntry], npt.NDArray[Any]]:
+        """See `Route.data`. Raises RefusedError when the template does not fit the artifact."""
+        found = self.refusals(artifact.plan)
+        if found:
+            raise RefusedError(found)
+        swapped = {entry.name: parts for entry, parts in self.table(artifact.plan) if parts}
+        origins = self.matching(artifact.plan).origins
 
         def data(entry: TensorEntry) -> npt.NDArray[Any]:
             if entry.name not in swapped:
                 return self.file.data(entry.name)
-            packed = [pack(quantized(layer.name)) for layer in swapped[entry.name]]
+            packed = [pack(artifact.quantized(layer.name)) for layer in swapped[entry.name]]
             pile = packed[0] if len(packed) == 1 else np.concatenate(packed)
             order = origins[entry.name].rows
             return pile if order is None else pile[order]
 
-        entries = self._entries(plan, table, fingerprint)
-        for entry in write(stream, entries, [entry for entry, _ in table], data):
-            yield entry.name
+        return data
 
     def _compare(self, plan: ModelPlan) -> Matching:
         shapes: dict[str, tuple[int, ...]] = {layer.name: (layer.rows, layer.columns) for layer in plan.layers()}
@@ -202,12 +201,9 @@ class Template:
         float_type = next(iter(self._kept_types(plan, matching)), "f32")
         return [
             *entries,
-            KeyValue("signround.scheme", "string", plan.scheme),
-            KeyValue("signround.method", "string", plan.tuning.method),
-            KeyValue("signround.artifact", "string", fingerprint),
-            KeyValue("signround.plan", "string", plan.fingerprint),
-            KeyValue(FLOAT_TYPE, "string", float_type),
-            KeyValue(GRIDS, "string", grids_text((entry.name, parts[0].grid) for entry, parts in table if parts)),
+            *provenance(
+                plan, fingerprint, float_type, [(entry.name, parts[0].grid) for entry, parts in table if parts]
+            ),
             *origin_entries(matching.origins),
         ]
 

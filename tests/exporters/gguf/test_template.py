@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,51 @@ def test_fused_split_stacked_and_doubled(family: str, change: Change, tmp_path: 
     template = converted(model, tmp_path / "template.gguf", change=change)
     exporter, exported = by_template(artifact, template, model, tmp_path / "out")
     exactly(exporter, artifact, exported)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+def test_experts_in_stacks_under_strange_names(family: str, tmp_path: Path) -> None:
+    """What a converter does with a mixture: the experts of a block in one tensor, routers and norms in float32."""
+    model = write_small_model(tmp_path / "model", family)
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g32")
+    checkpoint = SourceCheckpoint(model)
+    stacks: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(checkpoint.tensors):
+        stacks.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(checkpoint.read(name))
+    writer = GGUFWriter(tmp_path / "template.gguf", "anything")
+    for index, (name, tensors) in enumerate(stacks.items()):
+        stack = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
+        full = stack.ndim == 1 or name.endswith(("gate.weight", "shared_expert_gate.weight"))
+        writer.add_tensor(f"tensor.{index}", stack.to(torch.float32 if full else torch.float16).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    exporter, exported = by_template(artifact, tmp_path / "template.gguf", model, tmp_path / "out")
+    exactly(exporter, artifact, exported)
+    assert any(len(entry.shape) == 3 for entry in GgufFile(exported.target, TYPE_BYTES).tensors.values())
+
+
+def test_in_parts(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "model", "llama")
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g32")
+    template = converted(model, tmp_path / "template.gguf", change=fused_qkv)
+    exporter = GgufExporter(template=str(template), source=str(model), split_max_size="150K")
+    assert exporter.refusals(artifact.plan) == []
+    exported = exporter.export(artifact, tmp_path / "out", silent)
+    assert len(exported.files) > 1
+    exactly(exporter, artifact, exported)
+
+
+def test_options_that_the_template_decides(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "model", "llama")
+    template = str(converted(model, tmp_path / "template.gguf"))
+    plan = make_plan(SourceCheckpoint(model), "w4g32", settings_for("rtn", context=64), CalibrationSpec("self"))
+    for option in ({"float_type": "f16"}, {"pre": "llama-bpe"}):
+        (problem,) = GgufExporter(template=template, **option).refusals(plan)
+        assert problem.problem.endswith("is given, and the template decides it")
+    (problem,) = GgufExporter(source=str(model)).refusals(plan)
+    assert problem.next_step == "add gguf.template=FILE"
 
 
 def test_a_tokenizer_that_we_refuse(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from exporters.gguf import hyperparameters
 from exporters.gguf.card import read_card
 from exporters.gguf.container import TensorEntry
 from exporters.gguf.layout import AUTO
+from exporters.gguf.naming import model_name
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
+from exporters.gguf.probing import transformers_notes
 from exporters.gguf.splits import Part
 from exporters.gguf.tokenizer import read_tokenizer
 from exporters.gguf.vocabulary import CarriedTokenizer
@@ -25,6 +27,7 @@ from signround.artifact import QuantizedCheckpoint
 from signround.errors import Refusal, RefusedError
 from signround.plan import ModelPlan
 
+PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 Data = Callable[[TensorEntry], npt.NDArray[Any]]
 
 
@@ -59,10 +62,9 @@ class FromPlan:
         """The family and the tokenizer."""
         found = hyperparameters.refusals(plan.architecture)
         try:
-            self._tokenizer(plan)
+            return found + _name_refusals(plan, self._tokenizer(plan))
         except RefusedError as error:
-            found += error.refusals
-        return found
+            return found + list(error.refusals)
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """What llama.cpp ignores, and how its tokenizer differs. `hyperparameters` names the format itself."""
@@ -73,7 +75,7 @@ class FromPlan:
         if problem:
             found.append(problem)
         with contextlib.suppress(RefusedError):  # `refusals` names it
-            found += self._tokenizer(plan).notes
+            found += [*self._tokenizer(plan).notes, *transformers_notes(plan.files)]
         return found
 
     def parts(self, plan: ModelPlan, limit: int | None, fingerprint: str = UNKNOWN) -> Sequence[Part]:
@@ -86,3 +88,15 @@ class FromPlan:
 
     def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
         return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)
+
+
+def _name_refusals(plan: ModelPlan, tokenizer: CarriedTokenizer) -> list[Refusal]:
+    """llama.cpp takes a model for Phi-3 by its name, looks for four tokens, and does not load without them."""
+    title = model_name(plan.model, plan.parameters).title.lower()
+    missing = [token for token in PHI3_TOKENS if token not in tokenizer.vocabulary.tokens]
+    if not missing or not any(name in title for name in ("phi3", "phi-3")):
+        return []
+    problem = (
+        f"llama.cpp takes {plan.model} for Phi-3 by its name, and then cannot load it without token {missing[0]!r}"
+    )
+    return [Refusal(problem, "rename the folder", "gguf")]

@@ -72,6 +72,7 @@ class _Index:
     """Rows of one dtype and one length, of several tensors: sorted by hash once, then searched."""
 
     hashes: dict[int, Hashes] = field(default_factory=dict)
+    starting: dict[int, list[int]] = field(default_factory=dict)  # hash of the first row -> tensors
     _sorted: tuple[Hashes, Rows, Rows] | None = None
 
     def find(self, wanted: Hashes) -> tuple[Rows, Rows, Rows, Rows]:
@@ -112,6 +113,7 @@ class RowMatcher:
         for dtype in dtypes:
             index = self._indexes.setdefault((dtype, tensor.shape[-1]), _Index())
             index.hashes[owner] = row_hashes(tensor.to(dtype))
+            index.starting.setdefault(int(index.hashes[owner][0]), []).append(owner)
 
     def match(self, tensors: Sequence[FloatTensor], data: Callable[[str], Tensor]) -> Matching:
         """`data` gives the tensor of the file by name, in its dtype and shape."""
@@ -139,7 +141,8 @@ class RowMatcher:
 
     def _whole(self, name: str, wanted: Hashes, index: _Index) -> Origin | None:
         """A tensor that is one of the checkpoint's as it is."""
-        same = [owner for owner, hashes in index.hashes.items() if np.array_equal(hashes, wanted)]
+        starting = index.starting.get(int(wanted[0]), [])
+        same = [owner for owner in starting if np.array_equal(index.hashes[owner], wanted)]
         return self._made([self._likeliest(name, same)], None) if same else None
 
     def _rows(self, name: str, wanted: Hashes, index: _Index) -> Origin | None:

@@ -80,8 +80,8 @@ def transformers_notes(folder: Path) -> list[str]:
         return []
     name = type(theirs).__name__
     return [
-        f"{name} of transformers tokenises {len(other)} of {len(texts)} probe texts otherwise than tokenizer.json, which"
-        " llama.cpp follows; calibration and perplexity use transformers"
+        f"{name} of transformers tokenises {len(other)} of {len(texts)} probe texts otherwise than tokenizer.json,"
+        " which llama.cpp follows; calibration and perplexity use transformers"
     ]
 
 

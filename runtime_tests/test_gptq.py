@@ -30,7 +30,7 @@ from signround.runtimes import gptq as runtimes
 from signround.runtimes.gptq_child import Child
 from signround.runtimes.protocol import Runtime
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import DENSE, write_small_model
+from tests.small_models import DENSE, FAMILIES, write_small_model
 
 needs_gptqmodel = pytest.mark.skipif(
     not all(find_spec(name) for name in runtimes.LOADERS), reason="needs the extra: pip install signround[gptq]"

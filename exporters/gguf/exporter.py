@@ -6,25 +6,32 @@ has no place for, and tokenizers that it would run otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from exporters.gguf.container import GgufFile, write
 from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
+from exporters.gguf.independent import independent_tensors
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
-from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
+from exporters.gguf.names import (
+    COMPUTED,
+    added,
+    checkpoint_name,
+    checkpoint_names,
+    checkpoint_shape,
+    halved,
+    is_router,
+    rotated_heads,
+)
 from exporters.gguf.naming import file_stem
-from exporters.gguf.origins import ORIGINS, added_values, decoded, origins_of, read_back, uncast
-from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, unpack
+from exporters.gguf.origins import ORIGINS, added_values, decoded, in_float32, origins_of, read_back
+from exporters.gguf.packing import BlockType, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.route import FromPlan, Route
 from exporters.gguf.splits import Part, size_in_bytes, split_problem
@@ -127,28 +134,29 @@ class GgufExporter:
         kept_dtype = self._kept_dtype(values[FLOAT_TYPE])
         if ORIGINS in values:
             found = origins_of(values)
-            return ExportedModel(self.name, paths[0], paths, kept_dtype, added_values(found), uncast(files, found))
+            return ExportedModel(self.name, paths[0], paths, kept_dtype, added_values(found), in_float32(files, found))
         arch = values["general.architecture"]
         names = [name for file in files for name in file.tensors]
         more = {checkpoint_name(name, arch): value for name in names if (value := added(name, arch))}
-        return ExportedModel(self.name, paths[0], paths, kept_dtype, more)
+        routers = frozenset(checkpoint_name(name, arch) for name in names if is_router(name))
+        return ExportedModel(self.name, paths[0], paths, kept_dtype, more, routers)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
-        parts = [_parsed(path) for path in exported.files]
-        values = parts[0].values
+        files = [_parsed(path) for path in exported.files]
+        values = files[0].values
         if ORIGINS in values:
-            yield from read_back(parts)
+            yield from read_back(files)
             return
         grids, arch = grids_of(values), values["general.architecture"]
-        for file in parts:
-            for name in [name for name in file.tensors if name in grids]:
-                entry = file.tensors[name]
-                raw = file.data(name).reshape(entry.shape[0], -1)
-                heads = _heads(name, values)
+        for file, name in [(part, name) for part in files for name in part.tensors if name in grids]:
+            entry, heads = file.tensors[name], _heads(name, values)
+            owners = checkpoint_names(name, arch, entry.shape)
+            for part, owner in enumerate(owners):
+                raw = file.data(name, part, len(owners)).reshape(entry.shape[-2], -1)
                 ordered = raw if heads is None else halved(raw, heads)
                 try:
-                    yield checkpoint_name(name, arch), unpack(ordered, grids[name], entry.shape[1])
+                    yield owner, unpack(ordered, grids[name], entry.shape[-1])
                 except ValueError as error:
                     raise FailedError(f"{file.path}: {name} is damaged ({error}); export it again.") from error
 
@@ -158,18 +166,19 @@ class GgufExporter:
         refusals = missing_packages(("gguf",), "gguf", "gguf")
         if refusals:
             raise RefusedError(refusals)
-        _refuse_unknown_types(exported.files)
-        weights, values = _independent(exported.files), _parsed(exported.target).values
+        tensors, values = independent_tensors(exported.files), _parsed(exported.target).values
         if ORIGINS in values:
-            for name, weight in decoded(values, lambda name: weights[name]()):
-                yield name, torch.from_numpy(weight)
+            yield from decoded(values, tensors)
             return
-        for name, decode in weights.items():
+        for name, tensor in tensors.items():
             if name in COMPUTED:
                 continue
-            weight, heads = decode(), _heads(name, values)
-            ordered = weight.copy() if heads is None else halved(weight, heads)
-            yield checkpoint_name(name, values["general.architecture"]), torch.from_numpy(ordered)
+            heads = _heads(name, values)
+            owners = checkpoint_names(name, values["general.architecture"], tensor.shape)
+            for part, owner in enumerate(owners):
+                rows = tensor.rows // len(owners)
+                weight = tensor.read(part * rows, (part + 1) * rows).reshape(checkpoint_shape(name, tensor.shape))
+                yield owner, torch.from_numpy(weight.copy() if heads is None else halved(weight, heads))
 
     def write_importance(self, importance: Importance, path: Path) -> None:
         """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
@@ -259,33 +268,6 @@ def _other_versions(out: Path, stem: str, files: Sequence[Path]) -> list[Path]:
     used = {path.name for path in files} | {f"{PARTIAL}{path.name}" for path in files}
     found = out.iterdir() if out.is_dir() else ()
     return [path for path in found if is_version_of(path.name, stem) and path.name not in used]
-
-
-def _independent(paths: Sequence[Path]) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
-    """GGUF name -> a function that reads and decodes the tensor with gguf-py, in float32."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    def decode(path: Path, tensor: Any) -> npt.NDArray[np.float32]:
-        shape = [int(size) for size in tensor.shape[::-1]]
-        # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
-        raw = np.fromfile(path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
-        weight: npt.NDArray[np.float32] = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
-        return weight
-
-    return {tensor.name: partial(decode, path, tensor) for path in paths for tensor in GGUFReader(path).tensors}
-
-
-def _refuse_unknown_types(paths: Sequence[Path]) -> None:
-    """gguf-py stops at the first type it has no name for."""
-    from gguf import GGMLQuantizationType
-
-    known = {kind.value for kind in GGMLQuantizationType}
-    used = {entry.type for path in paths for entry in _parsed(path).tensors.values()}
-    unknown = [kind.name for kind in BLOCK_TYPES if kind.code in used - known]
-    if unknown:
-        problem = f"the installed gguf-py does not know {', '.join(unknown)}"
-        raise refuse(problem, "update the gguf package once a release does", str(paths[0]))
 
 
 def _parsed(path: Path) -> GgufFile:

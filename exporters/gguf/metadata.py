@@ -102,7 +102,7 @@ def _importance(plan: ModelPlan) -> list[KeyValue]:
 def grids_text(named: Iterable[tuple[str, Grid]]) -> str:
     """The value of GRIDS: (GGUF tensor name, grid) of every quantised tensor."""
     tensors: dict[Grid, list[str]] = {}
-    for name, grid in named:
+    for name, grid in dict(named).items():  # experts share a name, and their grid
         tensors.setdefault(grid, []).append(name)
     return canonical_json([{"grid": grid.to_json(), "tensors": names} for grid, names in tensors.items()])
 

@@ -9,16 +9,18 @@ A file that was laid out from the plan has no such keys; its names are told by `
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from exporters.gguf.container import GgufFile, KeyValue
+from exporters.gguf.independent import IndependentTensor
 from exporters.gguf.layout import FLOAT_TYPES
-from exporters.gguf.matching import Origin, parts, row_count
+from exporters.gguf.matching import Origin, Rows, parts, row_count
 from exporters.gguf.metadata import grids_of
 from exporters.gguf.packing import unpack
 from signround.errors import FailedError
@@ -61,7 +63,7 @@ def added_values(origins: Mapping[str, Origin]) -> dict[str, float]:
     return {name: origin.added for origin in origins.values() if origin.added for name in origin.names}
 
 
-def uncast(files: Sequence[GgufFile], origins: Mapping[str, Origin]) -> frozenset[str]:
+def in_float32(files: Sequence[GgufFile], origins: Mapping[str, Origin]) -> frozenset[str]:
     """Kept matrices that the files hold in float32, and therefore as they were."""
     full = FLOAT_TYPES["f32"].code
     held = [
@@ -73,11 +75,12 @@ def uncast(files: Sequence[GgufFile], origins: Mapping[str, Origin]) -> frozense
 
 
 def gathered(
-    origins: Mapping[str, Origin], rows_of: Callable[[str], npt.NDArray[Any]]
+    origins: Mapping[str, Origin], rows_of: Callable[[str, int, int], npt.NDArray[Any]]
 ) -> Iterator[tuple[str, str, npt.NDArray[Any]]]:
-    """(checkpoint name, one GGUF name it lies in, its rows in the checkpoint's order). `rows_of` gives a GGUF tensor as
-    [rows, ...]. Each tensor of the checkpoint comes once, though a tied head may lie in two places."""
-    places: dict[str, dict[str, tuple[Any, Any]]] = {}
+    """(checkpoint name, one GGUF name it lies in, its rows in the checkpoint's order). `rows_of` gives some rows of a
+    GGUF tensor, from the first to before the last. Each tensor of the checkpoint comes once, though a tied head may lie
+    in two places; of a stack of experts, one is in memory at a time."""
+    places: dict[str, dict[str, tuple[Rows, Rows]]] = {}
     counts: dict[str, int] = {}
     for gguf, origin in origins.items():
         counts |= {name: row_count(shape) for name, shape in zip(origin.names, origin.shapes, strict=True)}
@@ -86,10 +89,11 @@ def gathered(
     for name, pieces in places.items():
         found: npt.NDArray[Any] | None = None
         for gguf, (here, there) in pieces.items():
-            rows = rows_of(gguf)
+            first = int(here.min())
+            rows = rows_of(gguf, first, int(here.max()) + 1)
             if found is None:
                 found = np.empty((counts[name], *rows.shape[1:]), rows.dtype)
-            found[there] = rows[here]
+            found[there] = rows[here - first]
         assert found is not None
         yield name, next(iter(pieces)), found
 
@@ -99,12 +103,7 @@ def read_back(files: Sequence[GgufFile]) -> Iterator[tuple[str, QuantizedTensor]
     grids = grids_of(files[0].values)
     origins = {name: origin for name, origin in origins_of(files[0].values).items() if name in grids}
     holders = {name: file for file in files for name in file.tensors}
-
-    def rows_of(name: str) -> npt.NDArray[np.uint8]:
-        file = holders[name]
-        return file.data(name).reshape(math.prod(file.tensors[name].shape[:-1]), -1)
-
-    for name, gguf, raw in gathered(origins, rows_of):
+    for name, gguf, raw in gathered(origins, lambda name, first, last: holders[name].rows(name, first, last)):
         file = holders[gguf]
         try:
             yield name, unpack(raw, grids[gguf], file.tensors[gguf].shape[-1])
@@ -112,18 +111,11 @@ def read_back(files: Sequence[GgufFile]) -> Iterator[tuple[str, QuantizedTensor]
             raise FailedError(f"{file.path}: {gguf} is damaged ({error}); export it again.") from error
 
 
-def decoded(
-    values: Mapping[str, Any], weight: Callable[[str], npt.NDArray[np.float32]]
-) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """(checkpoint name, float32 in the checkpoint's shape) of every tensor; `weight` decodes one by its GGUF name."""
+def decoded(values: Mapping[str, Any], tensors: Mapping[str, IndependentTensor]) -> Iterator[tuple[str, Tensor]]:
+    """See `Exporter.decode_independently`; `tensors` by GGUF name."""
     origins = origins_of(values)
     shapes = {
         name: shape for origin in origins.values() for name, shape in zip(origin.names, origin.shapes, strict=True)
     }
-
-    def rows_of(name: str) -> npt.NDArray[np.float32]:
-        found = weight(name)
-        return found if found.ndim == 1 else found.reshape(-1, found.shape[-1])
-
-    for name, _, rows in gathered(origins, rows_of):
-        yield name, rows.reshape(shapes[name])
+    for name, _, rows in gathered(origins, lambda name, first, last: tensors[name].read(first, last)):
+        yield name, torch.from_numpy(rows.reshape(shapes[name]))

@@ -6,7 +6,7 @@ Both tell at plan time what they refuse, and give the table of contents in parts
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from exporters.gguf import hyperparameters
 from exporters.gguf.card import read_card
 from exporters.gguf.container import TensorEntry
 from exporters.gguf.layout import AUTO
+from exporters.gguf.names import gguf_name
 from exporters.gguf.naming import model_name
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.probing import transformers_notes
@@ -25,10 +26,12 @@ from exporters.gguf.vocabulary import CarriedTokenizer
 from exporters.gguf.writer import UNKNOWN, planned_parts, tensor_data
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import Refusal, RefusedError
+from signround.experts import is_expert
+from signround.grid import Grid
 from signround.plan import ModelPlan
 
 PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
-Data = Callable[[TensorEntry], npt.NDArray[Any]]
+Data = Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]
 
 
 class Route(Protocol):
@@ -47,7 +50,7 @@ class Route(Protocol):
         ...
 
     def data(self, artifact: QuantizedCheckpoint) -> Data:
-        """What reads and lays out one tensor."""
+        """What reads and lays out one tensor, in parts that follow each other."""
         ...
 
 
@@ -59,8 +62,8 @@ class FromPlan:
     pre: str = AUTO_PRE
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
-        """The family and the tokenizer."""
-        found = hyperparameters.refusals(plan.architecture)
+        """The family, its stacks of experts, and the tokenizer."""
+        found = hyperparameters.refusals(plan.architecture) + _stack_refusals(plan)
         try:
             return found + _name_refusals(plan, self._tokenizer(plan))
         except RefusedError as error:
@@ -100,3 +103,16 @@ def _name_refusals(plan: ModelPlan, tokenizer: CarriedTokenizer) -> list[Refusal
         f"llama.cpp takes {plan.model} for Phi-3 by its name, and then cannot load it without token {missing[0]!r}"
     )
     return [Refusal(problem, "rename the folder", "gguf")]
+
+
+def _stack_refusals(plan: ModelPlan) -> list[Refusal]:
+    """The experts of a block are one tensor, and a tensor has one type."""
+    grids: dict[str, set[Grid]] = {}
+    for layer in plan.layers():
+        if is_expert(layer.name):
+            grids.setdefault(gguf_name(layer.name), set()).add(layer.grid)
+    mixed = [name for name, found in grids.items() if len(found) > 1]
+    if not mixed:
+        return []
+    problem = f"the experts in {mixed[0]} have different grids (and {len(mixed) - 1} more); llama.cpp keeps them as one"
+    return [Refusal(problem, "give all experts of a block the same type", "gguf")]

@@ -9,7 +9,7 @@ Refuses, with the list, tensors that cannot be matched; quantised and split temp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,21 +118,24 @@ class Template:
         table = self.table(plan)
         return split(self._entries(plan, table, fingerprint), [entry for entry, _ in table], limit)
 
-    def data(self, artifact: QuantizedCheckpoint) -> Callable[[TensorEntry], npt.NDArray[Any]]:
+    def data(self, artifact: QuantizedCheckpoint) -> Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]:
         """See `Route.data`. Raises RefusedError when the template does not fit the artifact."""
         found = self.refusals(artifact.plan)
         if found:
             raise RefusedError(found)
-        swapped = {entry.name: parts for entry, parts in self.table(artifact.plan) if parts}
+        swapped = {entry.name: layers for entry, layers in self.table(artifact.plan) if layers}
         origins = self.matching(artifact.plan).origins
 
-        def data(entry: TensorEntry) -> npt.NDArray[Any]:
+        def data(entry: TensorEntry) -> Iterator[npt.NDArray[Any]]:
             if entry.name not in swapped:
-                return self.file.data(entry.name)
-            packed = [pack(artifact.quantized(layer.name)) for layer in swapped[entry.name]]
-            pile = packed[0] if len(packed) == 1 else np.concatenate(packed)
+                yield self.file.data(entry.name)
+                return
+            packed = (pack(artifact.quantized(layer.name)) for layer in swapped[entry.name])
             order = origins[entry.name].rows
-            return pile if order is None else pile[order]
+            if order is None:
+                yield from packed
+            else:
+                yield np.concatenate(list(packed))[order]
 
         return data
 

@@ -64,32 +64,34 @@ def write_gguf(
 
 def tensor_data(
     plan: ModelPlan, float_type: str, quantized: Callable[[str], QuantizedTensor], kept: Callable[[str], Tensor]
-) -> Callable[[TensorEntry], npt.NDArray[Any]]:
-    """What reads and lays out one tensor of the file; `quantized` and `kept` read by checkpoint name.
+) -> Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]:
+    """What reads and lays out one tensor of the file, in parts; `quantized` and `kept` read by checkpoint name.
 
     The function raises FailedError when a kept matrix does not fit the dtype asked for.
     """
     slots = {slot.entry.name: slot for slot in layout(plan, float_type)}
-    return lambda entry: _data(slots[entry.name], plan, float_type, quantized, kept)
+    return lambda entry: _parts(slots[entry.name], plan, float_type, quantized, kept)
 
 
-def _data(
+def _parts(
     slot: Slot,
     plan: ModelPlan,
     float_type: str,
     quantized: Callable[[str], QuantizedTensor],
     kept: Callable[[str], Tensor],
-) -> npt.NDArray[Any]:
-    if isinstance(slot.source, LayerPlan):
-        rows: npt.NDArray[Any] = pack(quantized(slot.source.name))
-    elif isinstance(slot.source, KeptTensor):
-        stored = _cast(kept(slot.source.name), slot.source, float_type)
-        more = added(slot.entry.name, ARCHITECTURES[plan.architecture.family.model_type])
-        rows = float_bytes(stored + more if more else stored).numpy()
-    else:
-        return rope_tensors(plan.architecture)[slot.entry.name]
-    heads = rotated_heads_of(slot.entry.name, plan.architecture)
-    return rows if heads is None else interleaved(rows, heads)
+) -> Iterator[npt.NDArray[Any]]:
+    """The tensor's data, expert by expert where it is a stack of them."""
+    if not slot.sources:
+        yield rope_tensors(plan.architecture)[slot.entry.name]
+    for source in slot.sources:
+        if isinstance(source, LayerPlan):
+            rows: npt.NDArray[Any] = pack(quantized(source.name))
+        else:
+            stored = _cast(kept(source.name), source, float_type)
+            more = added(slot.entry.name, ARCHITECTURES[plan.architecture.family.model_type])
+            rows = float_bytes(stored + more if more else stored).numpy()
+        heads = rotated_heads_of(slot.entry.name, plan.architecture)
+        yield rows if heads is None else interleaved(rows, heads)
 
 
 def _cast(tensor: Tensor, kept: KeptTensor, float_type: str) -> Tensor:

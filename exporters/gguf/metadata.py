@@ -43,10 +43,14 @@ def general(plan: ModelPlan, file_type: int) -> list[KeyValue]:
     ]
 
 
-def provenance(plan: ModelPlan, fingerprint: str, float_type: str) -> list[KeyValue]:
-    """`signround.*`: scheme, method, fingerprints, and the grid of every quantised tensor, for `read_back`."""
+def planned_grids(plan: ModelPlan) -> list[tuple[str, Grid]]:
+    """(GGUF name, grid) of every quantised tensor of a family that we know."""
     arch = ARCHITECTURES[plan.architecture.family.model_type]
-    grids = _grids_text((gguf_name(layer.name, arch), layer.grid) for layer in plan.layers())
+    return [(gguf_name(layer.name, arch), layer.grid) for layer in plan.layers()]
+
+
+def provenance(plan: ModelPlan, fingerprint: str, float_type: str, grids: Iterable[tuple[str, Grid]]) -> list[KeyValue]:
+    """`signround.*`: scheme, method, fingerprints, and the grid of every quantised tensor, for `read_back`."""
     return [
         KeyValue("signround.scheme", "string", plan.scheme),
         *_tuning(plan),
@@ -54,7 +58,7 @@ def provenance(plan: ModelPlan, fingerprint: str, float_type: str) -> list[KeyVa
         KeyValue("signround.artifact", "string", fingerprint),
         KeyValue("signround.plan", "string", plan.fingerprint),
         KeyValue(FLOAT_TYPE, "string", float_type),
-        KeyValue(GRIDS, "string", grids),
+        KeyValue(GRIDS, "string", grids_text(grids)),
     ]
 
 
@@ -95,7 +99,8 @@ def _importance(plan: ModelPlan) -> list[KeyValue]:
     ]
 
 
-def _grids_text(named: Iterable[tuple[str, Grid]]) -> str:
+def grids_text(named: Iterable[tuple[str, Grid]]) -> str:
+    """The value of GRIDS: (GGUF tensor name, grid) of every quantised tensor."""
     tensors: dict[Grid, list[str]] = {}
     for name, grid in dict(named).items():  # experts share a name, and their grid
         tensors.setdefault(grid, []).append(name)

@@ -34,7 +34,7 @@ def entries_of(plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str, f
         *metadata.general(plan, file_type(plan, float_type)),
         *hyperparameters(plan.architecture),
         *tokenizer.entries(),
-        *metadata.provenance(plan, fingerprint, float_type),
+        *metadata.provenance(plan, fingerprint, float_type, metadata.planned_grids(plan)),
     ]
 
 
@@ -56,31 +56,21 @@ def write_gguf(
     quantized: Callable[[str], QuantizedTensor],
     kept: Callable[[str], Tensor],
 ) -> Iterator[str]:
-    """The whole model as one file: `write_part` of the only part."""
+    """The whole model as one file; yields the GGUF name of each tensor after it is written."""
     (part,) = planned_parts(plan, tokenizer, float_type, None, fingerprint)
-    yield from write_part(stream, part, plan, float_type=float_type, quantized=quantized, kept=kept)
+    for entry in write(stream, part.entries, part.tensors, tensor_data(plan, float_type, quantized, kept)):
+        yield entry.name
 
 
-def write_part(
-    stream: IO[bytes],
-    part: Part,
-    plan: ModelPlan,
-    *,
-    float_type: str,
-    quantized: Callable[[str], QuantizedTensor],
-    kept: Callable[[str], Tensor],
-) -> Iterator[str]:
-    """Yields the GGUF name of each tensor after it is written. `quantized` and `kept` read by checkpoint name.
+def tensor_data(
+    plan: ModelPlan, float_type: str, quantized: Callable[[str], QuantizedTensor], kept: Callable[[str], Tensor]
+) -> Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]:
+    """What reads and lays out one tensor of the file, in parts; `quantized` and `kept` read by checkpoint name.
 
-    Raises FailedError when a kept matrix does not fit the dtype asked for.
+    The function raises FailedError when a kept matrix does not fit the dtype asked for.
     """
     slots = {slot.entry.name: slot for slot in layout(plan, float_type)}
-
-    def data(entry: TensorEntry) -> Iterator[npt.NDArray[Any]]:
-        return _parts(slots[entry.name], plan, float_type, quantized, kept)
-
-    for entry in write(stream, part.entries, part.tensors, data):
-        yield entry.name
+    return lambda entry: _parts(slots[entry.name], plan, float_type, quantized, kept)
 
 
 def _parts(

@@ -56,9 +56,10 @@ class DecoderBlocks:
         """The linear of `block` whose weight checkpoint tensor `name` (within the block) fills."""
         return block.get_submodule(module_name(name).removesuffix(".weight"))
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [windows, tokens] -> float32 [windows, tokens, hidden] on the CPU. Raises RefusedError for a token
-        that the embedding does not have (tokenizers may know more tokens than the model was given rows)."""
+    def embed(self, tokens: Tensor, weight: Tensor | None = None) -> Tensor:
+        """int64 [windows, tokens] -> float32 [windows, tokens, hidden] on the CPU, by the embedding of the source or
+        another one of its shape. Raises RefusedError for a token that the embedding does not have (tokenizers may know
+        more tokens than the model was given rows)."""
         last = int(tokens.max())
         if last >= self.architecture.vocabulary:
             raise refuse(
@@ -66,7 +67,8 @@ class DecoderBlocks:
                 "check that tokenizer and weights belong together",
                 EMBEDDING,
             )
-        return nn.functional.embedding(tokens, self.read(EMBEDDING)).float() * self.architecture.scales.embedding
+        table = self.read(EMBEDDING) if weight is None else weight
+        return nn.functional.embedding(tokens, table).float() * self.architecture.scales.embedding
 
     def run(
         self,
@@ -102,11 +104,16 @@ class DecoderBlocks:
                 part = hidden[start : start + batch]
                 part.copy_(self.run(block, part.to(self.device, torch.float32), index))
 
+    def final_norm(self) -> nn.Module:
+        """The norm between the last block and the head, float32 on the device."""
+        norm = copy.deepcopy(self._skeleton.norm)
+        norm.load_state_dict({"weight": self._float(FINAL_NORM)}, assign=True)
+        return norm.requires_grad_(False)
+
     def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and head: [windows, tokens, hidden] -> float32 logits [windows, tokens, vocabulary]."""
         scales = self.architecture.scales
-        norm = copy.deepcopy(self._skeleton.norm)
-        norm.load_state_dict({"weight": self._float(FINAL_NORM)}, assign=True)
+        norm = self.final_norm()
         weight = self._float(EMBEDDING if self.architecture.tied else HEAD)
 
         def logits(hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,32 @@ from signround.tuning.signround import SignDescent
 CHECKS = 10  # times that the held-out subset is looked at
 
 
+class Problem(Protocol):
+    """Something to fit: layers by name, and how far their outputs are off."""
+
+    @property
+    def index(self) -> int:
+        """Decides, with the seed, the order of samples."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are tuned."""
+        ...
+
+    def original(self, name: str) -> Tensor:
+        """The float32 weight of a layer."""
+        ...
+
+    def loss(self, weights: dict[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
+        """Loss with these weights on the samples `picks` (int64, on the CPU); `fast` for steps, not for judging."""
+        ...
+
+    def held_out_loss(self, weights: dict[str, Tensor], batch: int) -> Tensor:
+        """Loss on the samples that are not trained on, `batch` at a time, without gradients."""
+        ...
+
+
 @dataclass(frozen=True)
 class BlockProblem:
     """One block to fit: `inputs` and `targets` [samples, tokens, hidden], the last `held_out` samples kept back."""
@@ -33,7 +60,15 @@ class BlockProblem:
     targets: Tensor
     held_out: int
 
-    def loss(self, weights: Mapping[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    def original(self, name: str) -> Tensor:
+        """See `Problem`."""
+        return self.blocks.parameter(self.block, name)
+
+    def loss(self, weights: dict[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
         """Mean squared error of the block's output on the samples `picks` (int64, on the CPU)."""
         device = self.blocks.device
         where = picks.to(self.inputs.device)
@@ -42,7 +77,7 @@ class BlockProblem:
         outputs = self.blocks.run(self.block, inputs, self.index, weights, fast=fast)
         return nn.functional.mse_loss(outputs, targets)
 
-    def held_out_loss(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
+    def held_out_loss(self, weights: dict[str, Tensor], batch: int) -> Tensor:
         """The same on the held-out samples, in batches, without gradients."""
         samples = torch.arange(len(self.inputs) - self.held_out, len(self.inputs))
         with torch.no_grad():
@@ -62,7 +97,7 @@ class BlockOutcome:
 
 
 def tune_block(
-    problem: BlockProblem,
+    problem: Problem,
     layers: Mapping[str, TunedLayer],
     settings: TuningSettings,
     descent: SignDescent,
@@ -101,14 +136,14 @@ def tune_block(
         name: {
             "tuned": layer.frozen(),
             "start": start[name],
-            "rounded": rounded(layer.grid, problem.blocks.parameter(problem.block, name)),
+            "rounded": rounded(layer.grid, problem.original(name)),
         }
         for name, layer in layers.items()
     }
     return _best_of(problem, candidates, settings)
 
 
-def _held_out(problem: BlockProblem, layers: Mapping[str, TunedLayer], settings: TuningSettings) -> Tensor:
+def _held_out(problem: Problem, layers: Mapping[str, TunedLayer], settings: TuningSettings) -> Tensor:
     with torch.no_grad():
         weights = {name: layer.fake_quantized() for name, layer in layers.items()}
     return problem.held_out_loss(weights, settings.batch_size)
@@ -124,13 +159,13 @@ def _batches(settings: TuningSettings, block: int) -> Tensor:
 
 
 def _best_of(
-    problem: BlockProblem, candidates: Mapping[str, Mapping[str, QuantizedTensor]], settings: TuningSettings
+    problem: Problem, candidates: Mapping[str, Mapping[str, QuantizedTensor]], settings: TuningSettings
 ) -> BlockOutcome:
     """Start from all tuned; replace a layer (or the three of an expert at once: each trial costs a pass) wherever
     another candidate lowers the held-out loss of the block."""
-    device = problem.blocks.device
+    device = problem.device
 
-    def loss_of(weights: Mapping[str, Tensor]) -> float:
+    def loss_of(weights: dict[str, Tensor]) -> float:
         return problem.held_out_loss(weights, settings.batch_size).item()
 
     def decoded(choice: str) -> dict[str, Tensor]:

@@ -23,12 +23,8 @@ from signround.importance import Importance, InputSquares
 from signround.measure import peak_memory, return_freed_memory
 from signround.plan import BlockPlan, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
-<<<<<<< HEAD
-from signround.tuning.inputs import LinearInputs, recorded, squares_of, tokens_of
-=======
 from signround.tuning.end_to_end import EndToEnd
-from signround.tuning.inputs import LinearInputs, recorded, tokens_of
->>>>>>> i3-core
+from signround.tuning.inputs import LinearInputs, recorded, squares_of, tokens_of
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
 from signround.tuning.outer import HeadProblem, quantized_in_slices, tuned_head

@@ -175,6 +175,8 @@ def _squares(name: str, sums: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Inp
     """Checked at birth; the error names the tensor."""
     if not (np.isfinite(counts).all() and len(counts) and len(sums) % len(counts) == 0):
         raise ValueError(f"{name}: {len(sums)} sums do not go with counts {counts[:3].tolist()}")
+    if not (counts > 0).any():
+        raise ValueError(f"{name}: no token reached the weight (all counts are zero or negative)")
     whole = torch.from_numpy((counts + 0.5).astype(np.int64))  # counts are whole numbers in float32
     try:
         return InputSquares(torch.from_numpy(sums.astype(np.float32)).reshape(len(counts), -1), whole)

@@ -74,6 +74,8 @@ def _block_weights(plan: ModelPlan) -> int:
 def _activation_bytes(plan: ModelPlan, windows: int) -> int:
     """What one block keeps of some windows, float32."""
     widths = 12 * plan.architecture.hidden + 6 * plan.architecture.intermediate
+    if plan.architecture.scales.attention_cap is not None:  # scores are written out: product, cap, mask, softmax
+        widths += 6 * plan.architecture.heads * plan.tuning.seqlen
     return windows * plan.tuning.seqlen * widths * 4
 
 
@@ -96,10 +98,10 @@ def _evaluation_bytes(plan: ModelPlan, layer: int) -> int:
 
 def _writing_bytes(job: Job) -> int:
     """The whole model in its own dtype, the key-value cache and what it is copied to, logits and probabilities."""
-    config, seqlen = job.checkpoint.config, job.plan.tuning.seqlen
-    batch = writing_batch(config, seqlen)
+    architecture, seqlen = job.plan.architecture, job.plan.tuning.seqlen
+    batch = writing_batch(architecture, seqlen)
     weights = sum(info.bytes for info in job.checkpoint.tensors.values())
-    return weights + 2 * batch * cache_bytes(config, seqlen) + 4 * batch * job.plan.architecture.vocabulary * 4
+    return weights + 2 * batch * cache_bytes(architecture, seqlen) + 4 * batch * architecture.vocabulary * 4
 
 
 def tuning_seconds(job: Job) -> float:

@@ -6,9 +6,10 @@ Each stage runs in a fresh process through the real pipeline. It first runs on a
 pool is there, then the high-water mark of the operating system (VmHWM) is reset and the stage runs on the real one;
 the table shows what it took on top of what was resident before. Processes that a stage starts (independent readers)
 are watched too, from their own first moment. Ends with code 1 when 32 layers take more than LIMIT times the memory of
-8 layers (and NOISE_BYTES) in any stage: memory must be bounded by one block or one tensor. A stage that seems to grow
-is run once more, at both sizes, and the lower figures count. The last stages, running the files in their runtimes, are
-not judged: a runtime holds the whole file.
+8 layers (and NOISE_BYTES) in any stage: memory must be bounded by one block or one tensor. Every judged stage runs
+ROUNDS times at each size, each time from nothing, and the lowest peak counts: fragments of the heap add to what a stage
+needs and never take away from it. The last stages, running the files in their runtimes, are not judged: a runtime holds
+the whole file.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -41,6 +43,7 @@ STAGES = (
     *(f"run {name}" for name in FORMATS),
 )
 PARTS = ("own", "children")
+ROUNDS = 2
 LIMIT = 1.25
 NOISE_BYTES = 16 << 20  # differences below this say nothing: arenas, buffers of files, a page cache of one tensor
 SCHEME = "w4g32"
@@ -61,6 +64,7 @@ def stage_plan(model: Path, out: Path) -> None:
 def stage_tune(model: Path, out: Path) -> None:
     from signround.pipeline import tune
 
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier round: blocks that are done are not tuned again
     tune(prepared(model, out))
 
 
@@ -69,7 +73,9 @@ def stage_tune_own_text(model: Path, out: Path) -> None:
     measurement in between, so a model that stays resident shows."""
     from signround.pipeline import prepare, tune
 
-    tune(prepare(model, SCHEME, out.parent / "own-text", method="rtn", calibration="self", samples=4, seqlen=16))
+    own_text = out.parent / "own-text"
+    shutil.rmtree(own_text, ignore_errors=True)
+    tune(prepare(model, SCHEME, own_text, method="rtn", calibration="self", samples=4, seqlen=16))
 
 
 def stage_evaluate(model: Path, out: Path, which: str) -> None:
@@ -193,6 +199,11 @@ def in_fresh_process(name: str, home: Path, tiny: Path) -> dict[str, float]:
     return result
 
 
+def lowest(rounds: Iterable[dict[str, float]]) -> dict[str, float]:
+    first, *others = rounds
+    return {key: min([first[key], *(other[key] for other in others)]) for key in first}
+
+
 def write_home(home: Path, layers: int, hidden: int, intermediate: int) -> int:
     """A folder with a model and a calibration text; returns the bytes of the model."""
     from random_model import write_random_model
@@ -248,11 +259,10 @@ def table(args: argparse.Namespace, folder: Path) -> None:
     rows, failed = [], []
     for name in args.only or STAGES:
         judged = not name.startswith("run")
-        found = {layers: in_fresh_process(name, home, tiny) for layers, home in homes.items()}
-        if judged and not all(is_bounded(found[few][part], found[many][part]) for part in PARTS):
-            for layers, home in homes.items():  # the heap's luck differs between two runs; what is needed does not
-                again = in_fresh_process(name, home, tiny)
-                found[layers] |= {part: min(found[layers][part], again[part]) for part in PARTS}
+        rounds = ROUNDS if judged else 1
+        found = {
+            layers: lowest(in_fresh_process(name, home, tiny) for _ in range(rounds)) for layers, home in homes.items()
+        }
         for part in PARTS:
             low, high = found[few][part], found[many][part]
             if part == "children" and max(low, high) < NOISE_BYTES:

@@ -122,6 +122,20 @@ def test_quantised_file_is_the_tuned_model(family: str, scheme: str, tokenizer: 
     assert mean_kl(transformers_logits(model, windows), reference) > 5e-3 or scheme in ("w8g32", "q8_0")
 
 
+@pytest.mark.parametrize(
+    "scheme", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4", "q2_0", "w2g128"]
+)
+def test_every_block_type_runs_as_the_tuned_model(scheme: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 320}
+    model = write_small_model(tmp_path / "model", "llama", layers=1, **sizes)
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", scheme)
+    exported = GgufExporter().export(artifact, tmp_path / "gguf", silent)
+    windows = some_windows(count=1, vocabulary=320)
+    reference = transformers_logits(model, windows, artifact)
+    assert mean_kl(reference, runtime_logits(exported.target, windows)) <= 1e-3
+    assert mean_kl(transformers_logits(model, windows), reference) > 3e-3
+
+
 def test_plain_kernels_agree_with_repacked_ones(tmp_path: Path) -> None:
     model = write_small_model(tmp_path / "model", "llama")
     artifact = write_rounded_artifact(model, tmp_path / "artifact", "q4_0")

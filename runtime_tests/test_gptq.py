@@ -30,7 +30,7 @@ from signround.runtimes import gptq as runtimes
 from signround.runtimes.gptq_child import Child
 from signround.runtimes.protocol import Runtime
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import FAMILIES, write_small_model
+from tests.small_models import DENSE, FAMILIES, write_small_model
 
 needs_gptqmodel = pytest.mark.skipif(
     not all(find_spec(name) for name in runtimes.LOADERS), reason="needs the extra: pip install signround[gptq]"
@@ -61,7 +61,7 @@ SELECTED = [
     ("olmo2", "w4g32", "gptq"),
 ]
 SCHEMES = ["w2g32", "w2g32-asym", "w3g32", "w4g16", "w4g32", "w4gc", "w4gc-asym", "w8g32", "w8g32-asym", "q8_0"]
-PRODUCT = [(family, scheme, "gptq") for family in FAMILIES for scheme in SCHEMES]
+PRODUCT = [(family, scheme, "gptq") for family in DENSE for scheme in SCHEMES]
 PRODUCT += [("llama", scheme, "gptq_v2") for scheme in SCHEMES]
 CASES = [
     pytest.param(case, id="-".join(case), marks=[] if case in SELECTED else pytest.mark.slow)

@@ -12,6 +12,7 @@ from typing import Any
 
 from signround.errors import Refusal, RefusedError, refuse
 from signround.families import ALWAYS, COMMON, FAMILIES, Family, Linear
+from signround.mixture import Mixture, mixture_refusals, read_mixture
 from signround.positions import (
     Rope,
     longrope_refusals,
@@ -50,7 +51,8 @@ class Architecture:
     """The numbers of one model.
 
     `windows[i]` is the sliding attention window of block i in tokens, None for full; `ropes[i]` its rotary positions,
-    None for none; `rope` those of blocks that see everything. `biased` names the linears that have a bias.
+    None for none; `rope` those of blocks that see everything. `biased` names the linears that have a bias. `mixture`
+    are the experts that stand in every block in place of one feed-forward network `intermediate` wide.
     """
 
     family: Family
@@ -69,10 +71,14 @@ class Architecture:
     windows: tuple[int | None, ...]
     biased: frozenset[str]
     scales: Scales
+    mixture: Mixture | None = None
 
     def width(self, name: str) -> int:
-        """A width by the name that `Linear` and `Norm` use: hidden, intermediate, queries, keys, head_dim."""
+        """A width by the name that `Linear` and `Norm` use: hidden, intermediate, queries, keys, head_dim, and with a
+        mixture of experts expert and shared."""
+        experts = {"expert": self.mixture.intermediate, "shared": self.mixture.shared} if self.mixture else {}
         return {
+            **experts,
             "hidden": self.hidden,
             "intermediate": self.intermediate,
             "queries": self.heads * self.head_dim,
@@ -82,7 +88,12 @@ class Architecture:
 
     def linears(self, index: int) -> tuple[Linear, ...]:
         """The linears of block `index`."""
-        return self.family.linears
+        return self.family.linears + (self.mixture.linears() if self.mixture else ())
+
+    @property
+    def active_intermediate(self) -> int:
+        """Intermediate channels that one token goes through in a block."""
+        return self.mixture.active if self.mixture else self.intermediate
 
     def linear_shape(self, linear: Linear) -> tuple[int, int]:
         """(out_features, in_features)."""
@@ -98,7 +109,7 @@ class Architecture:
         return {f"{prefix}{linear.name}.weight": self.linear_shape(linear) for linear in self.linears(index)}
 
     def block_kept(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of what stays unquantised in block `index`: norms and biases."""
+        """Name -> shape of what stays unquantised in block `index`: norms, biases, and what routes to experts."""
         prefix = BLOCK.format(index)
         kept: dict[str, tuple[int, ...]] = {
             f"{prefix}{norm.name}.weight": (self.width(norm.width),) for norm in self.family.norms
@@ -106,6 +117,8 @@ class Architecture:
         for linear in self.linears(index):
             if self.has_bias(linear.name):
                 kept[f"{prefix}{linear.name}.bias"] = (self.linear_shape(linear)[0],)
+        if self.mixture:
+            kept |= {prefix + name: shape for name, shape in self.mixture.kept(self.hidden).items()}
         return kept
 
     def outer(self) -> dict[str, tuple[int, ...]]:
@@ -122,6 +135,8 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     family = _family(config)
     given: dict[str, Any] = {**COMMON, **family.defaults, **config}
     refusals = _unsupported(given, family) + rope_refusals(given, family) + _absurd(given)
+    if family.experts:
+        refusals += mixture_refusals(given, family.experts)
     if refusals:
         raise RefusedError(refusals)
     heads, layers = given["num_attention_heads"], given["num_hidden_layers"]
@@ -151,6 +166,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         windows=windows,
         biased=_biased(given, family),
         scales=_scales(given, family, head_dim),
+        mixture=read_mixture(given, family.experts) if family.experts else None,
     )
 
 

@@ -4,12 +4,14 @@
       manifest.json            schema, plan, calibration hash, sha256 of every finished file
       blocks/00000.safetensors codes and fields of each linear, plus the block's norms and biases
       blocks/00000.json        how the block's tuning went (times; the only file that differs between equal runs)
-      outer/*.safetensors      embedding, final norm, head: one file each
+      outer/*.safetensors      embedding, final norm, head: one file each (codes and fields where quantised)
       model/                   config.json and tokenizer files
       calibration.safetensors  the tokens that were used
 
 A linear's parts are stored as `<weight name>.codes` (uint8 [rows, columns]) and `<weight name>.<field>`
-(`Grid.layout`). The manifest is the only truth: a file that it does not name, with its hash, does not exist.
+(`Grid.layout`); beside them, where the calibration pass saw its inputs, `<weight name>.input_squares` (float32
+[columns], summed) and `<weight name>.input_tokens` (int64 [1]). The manifest is the only truth: a file that it does
+not name, with its hash, does not exist.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -29,18 +31,21 @@ from torch import Tensor
 
 from signround.errors import FailedError, refuse
 from signround.files import disk_errors, sha256_of, sha256_of_json, write_json, written_whole
+from signround.importance import Importance, InputSquares
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 from signround.safetensors_stream import save_tensors
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENS = "calibration.safetensors"
+SQUARES, SEEN_TOKENS = "input_squares", "input_tokens"
 
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """How the tuning of one block went; losses as in `events.BlockTuned`."""
+    """How the tuning of one block went; losses as in `events.BlockTuned`. `expert_tokens`: how many calibration tokens
+    each expert was given (mixture of experts; empty where nothing was tuned)."""
 
     index: int
     seconds: float
@@ -49,6 +54,7 @@ class BlockRecord:
     kept: dict[str, str]
     peak_rss_bytes: int
     peak_device_bytes: int
+    expert_tokens: dict[str, int] = field(default_factory=dict)
 
 
 def is_artifact(folder: Path) -> bool:
@@ -112,7 +118,8 @@ class QuantizedCheckpoint:
 
     @cached_property
     def _file_of(self) -> dict[str, str]:
-        files = {kept.name: outer_file(kept.name) for kept in self.plan.outer}
+        outer = [kept.name for kept in self.plan.outer] + [layer.name for layer in self.plan.outer_layers]
+        files = {name: outer_file(name) for name in outer}
         for block in self.plan.blocks:
             names = [part.name for part in block.layers] + [part.name for part in block.kept]
             files |= dict.fromkeys(names, block_file(block.index))
@@ -133,6 +140,18 @@ class QuantizedCheckpoint:
         """float32: the decoded weight of a linear, or a kept tensor."""
         return self.quantized(name).decode() if name in self.layers else self.tensor(name).float()
 
+    def importance(self) -> Importance | None:
+        """The inputs that calibration saw, of every weight that has them; None when nothing was measured. They are
+        small (a number a column), so all are read."""
+        squares = {}
+        for name in self.layers:
+            parts = self._read(name, [SQUARES, SEEN_TOKENS], optional=True)
+            if parts:
+                squares[name] = InputSquares(parts[SQUARES][None], parts[SEEN_TOKENS])
+        tuning = self.plan.tuning
+        dataset = str((self.manifest["calibration"] or {}).get("source", self.plan.calibration.source))
+        return Importance(squares, dataset, tuning.samples, tuning.seqlen) if squares else None
+
     def records(self) -> list[BlockRecord]:
         """How each finished block was tuned."""
         paths = [self.folder / block_file(block.index) for block in self.plan.blocks]
@@ -142,12 +161,14 @@ class QuantizedCheckpoint:
         """Files whose bytes are not those of the manifest (missing ones included)."""
         return [name for name, digest in self.manifest["files"].items() if not _intact(self.folder / name, digest)]
 
-    def _read(self, name: str, parts: list[str]) -> dict[str, Tensor]:
+    def _read(self, name: str, parts: list[str], *, optional: bool = False) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / self._file_of[name]
         try:
             with safe_open(path, framework="pt") as file:
+                if optional and f"{name}.{parts[0]}" not in file.keys():  # noqa: SIM118  # not iterable
+                    return {}
                 return {part: file.get_tensor(f"{name}.{part}" if part else name).clone() for part in parts}
         except (OSError, SafetensorError) as error:
             raise FailedError(
@@ -180,7 +201,7 @@ class ArtifactWriter:
             failure.callback(self._lock.close)
             self.manifest = self._begun()  # read under the lock: another run may just have finished
             for path in model_files:
-                self._copy(path, f"model/{path.name}")
+                self._copy(path, f"model/{path.relative_to(model_files[0].parent).as_posix()}")
             self._save_manifest()
             failure.pop_all()
 
@@ -238,19 +259,27 @@ class ArtifactWriter:
         quantized: Mapping[str, QuantizedTensor],
         kept: Mapping[str, Tensor],
         record: BlockRecord,
+        inputs: Mapping[str, InputSquares],
     ) -> None:
         """Write one finished block; when this returns, a kill loses nothing of it."""
         tensors = dict(kept)
         for name, tensor in quantized.items():
-            tensors[f"{name}.codes"] = tensor.codes
-            tensors |= {f"{name}.{field}": value for field, value in tensor.fields.items()}
+            tensors |= _parts(name, tensor, inputs.get(name))
         write_json((self.folder / block_file(index)).with_suffix(".json"), asdict(record))
         self._commit(block_file(index), tensors)
 
     def commit_outer(self, name: str, tensor: Tensor) -> None:
         """Write one tensor outside the blocks, unless it is there already."""
-        if not self._has(outer_file(name)):
+        if not self.has_outer(name):
             self._commit(outer_file(name), {name: tensor})
+
+    def has_outer(self, name: str) -> bool:
+        """Whether tensor `name` outside the blocks is there, undamaged."""
+        return self._has(outer_file(name))
+
+    def commit_outer_layer(self, name: str, tensor: QuantizedTensor, inputs: InputSquares | None) -> None:
+        """Write one quantised tensor outside the blocks."""
+        self._commit(outer_file(name), _parts(name, tensor, inputs))
 
     def finish(self) -> QuantizedCheckpoint:
         """Mark the artifact complete."""
@@ -278,6 +307,14 @@ class ArtifactWriter:
 
     def _save_manifest(self) -> None:
         write_json(self.folder / MANIFEST, self.manifest)
+
+
+def _parts(name: str, tensor: QuantizedTensor, inputs: InputSquares | None) -> dict[str, Tensor]:
+    parts = {f"{name}.codes": tensor.codes}
+    parts |= {f"{name}.{field}": value for field, value in tensor.fields.items()}
+    if inputs is not None:
+        parts |= {f"{name}.{SQUARES}": inputs.sums[0].cpu(), f"{name}.{SEEN_TOKENS}": inputs.counts.cpu()}
+    return parts
 
 
 def _intact(path: Path, digest: str) -> bool:

@@ -1,7 +1,8 @@
 """Decoder blocks one at a time: transformers' own modules, filled from any source of named tensors.
 
-The forward pass is never rewritten here: what is tuned is what transformers runs. At no time is more than one block
-(or the embedding, or the head) in memory. Attention is causal over whole windows; there is no padding.
+The forward pass is never rewritten here: what is tuned is what transformers runs (stacked experts excepted, which are
+run one by one: `signround.experts`). At no time is more than one block (or the embedding, or the head) in memory.
+Attention is causal over whole windows; there is no padding.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Architecture, read_architecture
 from signround.errors import refuse
+from signround.experts import apart, module_name
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -41,14 +43,23 @@ class DecoderBlocks:
         """Block `index` with the weights of the source, float32, in eval mode, no gradients."""
         prefix = BLOCK.format(index)
         names = [*self.architecture.block_linears(index), *self.architecture.block_kept(index)]
-        weights = {name.removeprefix(prefix): self._float(name) for name in names}
+        weights = {module_name(name.removeprefix(prefix)): self._float(name) for name in names}
         block = self._skeleton.layer(index)
         block.load_state_dict(weights, assign=True, strict=True)
         return block.requires_grad_(False).eval()
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [windows, tokens] -> float32 [windows, tokens, hidden] on the CPU. Raises RefusedError for a token
-        that the embedding does not have (tokenizers may know more tokens than the model was given rows)."""
+    def parameter(self, block: nn.Module, name: str) -> nn.Parameter:
+        """The parameter of `block` that checkpoint tensor `name` (within the block) fills."""
+        return block.get_parameter(module_name(name))
+
+    def linear(self, block: nn.Module, name: str) -> nn.Module:
+        """The linear of `block` whose weight checkpoint tensor `name` (within the block) fills."""
+        return block.get_submodule(module_name(name).removesuffix(".weight"))
+
+    def embed(self, tokens: Tensor, weight: Tensor | None = None) -> Tensor:
+        """int64 [windows, tokens] -> float32 [windows, tokens, hidden] on the CPU, by the embedding of the source or
+        another one of its shape. Raises RefusedError for a token that the embedding does not have (tokenizers may know
+        more tokens than the model was given rows)."""
         last = int(tokens.max())
         if last >= self.architecture.vocabulary:
             raise refuse(
@@ -56,7 +67,8 @@ class DecoderBlocks:
                 "check that tokenizer and weights belong together",
                 EMBEDDING,
             )
-        return nn.functional.embedding(tokens, self.read(EMBEDDING)).float() * self.architecture.scales.embedding
+        table = self.read(EMBEDDING) if weight is None else weight
+        return nn.functional.embedding(tokens, table).float() * self.architecture.scales.embedding
 
     def run(
         self,
@@ -68,7 +80,7 @@ class DecoderBlocks:
         fast: bool = False,
     ) -> Tensor:
         """Forward of block `index` over float32 [windows, tokens, hidden] on the device; `weights` replace its
-        parameters by their names within the block (with gradients)."""
+        parameters by their checkpoint names within the block (with gradients)."""
         tokens = hidden.shape[1]
         positions = torch.arange(tokens, device=hidden.device)[None]
         arguments = {
@@ -80,7 +92,8 @@ class DecoderBlocks:
             if weights is None:
                 output = block(hidden, **arguments)
             else:
-                output = torch.func.functional_call(block, dict(weights), (hidden,), arguments)
+                named = {module_name(name): weight for name, weight in weights.items()}
+                output = torch.func.functional_call(block, named, (hidden,), arguments)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result.float()
 
@@ -91,11 +104,16 @@ class DecoderBlocks:
                 part = hidden[start : start + batch]
                 part.copy_(self.run(block, part.to(self.device, torch.float32), index))
 
+    def final_norm(self) -> nn.Module:
+        """The norm between the last block and the head, float32 on the device."""
+        norm = copy.deepcopy(self._skeleton.norm)
+        norm.load_state_dict({"weight": self._float(FINAL_NORM)}, assign=True)
+        return norm.requires_grad_(False)
+
     def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and head: [windows, tokens, hidden] -> float32 logits [windows, tokens, vocabulary]."""
         scales = self.architecture.scales
-        norm = copy.deepcopy(self._skeleton.norm)
-        norm.load_state_dict({"weight": self._float(FINAL_NORM)}, assign=True)
+        norm = self.final_norm()
         weight = self._float(EMBEDDING if self.architecture.tied else HEAD)
 
         def logits(hidden: Tensor) -> Tensor:
@@ -149,7 +167,7 @@ class _Skeleton:
     def layer(self, index: int) -> nn.Module:
         """Decoder layer `index` without storage; layers of one model may differ in windows and positions."""
         with torch.device("meta"):
-            return self.layer_class(self.config, index)
+            return apart(self.layer_class(self.config, index))
 
     def rotary_arguments(self, index: int) -> dict[str, str]:
         """What the rotary embedding wants to know of a block, where blocks differ."""

@@ -31,6 +31,11 @@ TOKENIZER_FILES = (
 )
 
 
+def additional_templates(folder: Path) -> list[Path]:
+    """Chat templates with a name of their own, as transformers saves them."""
+    return sorted((folder / "additional_chat_templates").glob("*.jinja"))
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies and what it is."""
@@ -131,9 +136,10 @@ class SourceCheckpoint:
 
     @property
     def files(self) -> list[Path]:
-        """Config and tokenizer files that an artifact must carry along."""
+        """Config and tokenizer files that an artifact must carry along, named chat templates in their folder."""
         names = ("config.json", *TOKENIZER_FILES)
-        return [self.folder / name for name in names if (self.folder / name).is_file()]
+        found = [self.folder / name for name in names if (self.folder / name).is_file()]
+        return found + additional_templates(self.folder)
 
     @cached_property
     def sha256(self) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 
 from signround.artifact import artifact_bytes
 from signround.calibration import EVALUATION_WINDOWS, cache_bytes, writing_batch
+from signround.experts import is_expert
 from signround.pipeline import Job
 from signround.plan import ModelPlan
 from signround.runtimes.torch_blocks import LOGIT_BYTES
+from signround.tuning.chain import LEAST_EXPERT_TOKENS
 
 GIB = 1 << 30
 
@@ -49,8 +51,19 @@ def describe(job: Job) -> dict[str, Any]:
         },
         "memory_bytes": memory_bytes(job),
         "seconds": tuning_seconds(job),
-        "notes": [note for exporter in job.exporters for note in exporter.notes(plan)],
+        "notes": [*_expert_notes(plan), *(note for exporter in job.exporters for note in exporter.notes(plan))],
     }
+
+
+def _expert_notes(plan: ModelPlan) -> list[str]:
+    mixture, tuning = plan.architecture.mixture, plan.tuning
+    if mixture is None or tuning.method == "rtn":
+        return []
+    average = tuning.samples * tuning.seqlen * mixture.used // mixture.experts
+    return [
+        f"experts: {mixture.used} of {mixture.experts} see each token, about {average} calibration tokens an expert; "
+        f"those that fewer than {LEAST_EXPERT_TOKENS} reach are rounded, not tuned, and the report names them"
+    ]
 
 
 def memory_bytes(job: Job) -> dict[str, int]:
@@ -72,10 +85,12 @@ def _block_weights(plan: ModelPlan) -> int:
 
 
 def _activation_bytes(plan: ModelPlan, windows: int) -> int:
-    """What one block keeps of some windows, float32."""
-    widths = 12 * plan.architecture.hidden + 6 * plan.architecture.intermediate
-    if plan.architecture.scales.attention_cap is not None:  # scores are written out: product, cap, mask, softmax
-        widths += 6 * plan.architecture.heads * plan.tuning.seqlen
+    """What one block keeps of some windows, float32; experts keep a copy of their tokens each."""
+    architecture = plan.architecture
+    copies = 3 * architecture.mixture.used if architecture.mixture else 0
+    widths = (12 + copies) * architecture.hidden + 6 * architecture.active_intermediate
+    if architecture.scales.attention_cap is not None:  # scores are written out: product, cap, mask, softmax
+        widths += 6 * architecture.heads * plan.tuning.seqlen
     return windows * plan.tuning.seqlen * widths * 4
 
 
@@ -107,7 +122,9 @@ def _writing_bytes(job: Job) -> int:
 def tuning_seconds(job: Job) -> float:
     """Floor of the tuning time: the arithmetic of the block's own passes at the matrix speed measured just now."""
     plan = job.plan
-    weights = sum(layer.rows * layer.columns for layer in plan.layers())
+    mixture = plan.architecture.mixture
+    routed = mixture.used / mixture.experts if mixture else 1.0
+    weights = sum(layer.rows * layer.columns * (routed if is_expert(layer.name) else 1.0) for layer in plan.layers())
     steps = plan.tuning.iters * plan.tuning.batch_size * plan.tuning.seqlen * 6 * weights
     passes = 3 * plan.tuning.samples * plan.tuning.seqlen * 2 * weights if plan.tuning.iters else 0
     return (steps + passes) / _matrix_speed(plan.tuning.device, plan.tuning.compute, plan.architecture.hidden)

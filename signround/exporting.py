@@ -59,6 +59,12 @@ class Exporter(Protocol):
         """The lowest zero point that the format can hold; the tuner keeps to it (GPTQ v1: 1)."""
         ...
 
+    @property
+    def file_types(self) -> bool:
+        """Whether `--scheme q4_k_m` and its like, llama.cpp's mixes of types, mean something to this format. Names that
+        are a grid as well (q4_0) mean the mix only where every wanted format says yes."""
+        ...
+
     def holds(self, grid: Grid, columns: int) -> bool:
         """Whether rows of `columns` weights on this grid can be stored; the table of schemes asks."""
         ...

@@ -37,6 +37,20 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in every block in place of one feed-forward network: what checkpoints call its parts, and
+    the keys of config.json for its sizes. `norms_scores`: whether the scores of the chosen experts are made to sum to
+    one; None where config.json says so (norm_topk_prob)."""
+
+    module: str = "mlp"
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    count: tuple[str, ...] = ("num_local_experts", "num_experts")  # transformers 5 writes the first for Qwen3-MoE
+    width: str = "moe_intermediate_size"
+    shared_width: str | None = None  # of the expert that every token goes through
+    norms_scores: bool | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """One row. `defaults` are transformers' own for keys that a config.json may leave out."""
 
@@ -58,6 +72,7 @@ class Family:
     window_rule: Literal["never", "every", "switched", "period", "unrotated"] = "never"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> values that we can compute
+    experts: Experts | None = None
     examples: str = ""
 
     @property
@@ -121,6 +136,7 @@ QWEN: Mapping[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+UNWINDOWED: Mapping[str, tuple[Any, ...]] = {"use_sliding_window": (None, False)}
 CAUSAL: Mapping[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False)}
 
 FAMILIES = {
@@ -194,6 +210,35 @@ FAMILIES = {
             "olmo2", "Olmo2ForCausalLM", BIASABLE + feed_forward(),
             (*AFTER, Norm("self_attn.q_norm", "queries"), Norm("self_attn.k_norm", "keys")),
             defaults={"rms_norm_eps": 1e-5}, examples="OLMo 2",
+        ),
+        Family(
+            "mixtral", "MixtralForCausalLM", attention(), BEFORE, window_rule="every",
+            experts=Experts(
+                "block_sparse_moe", ("w1", "w3", "w2"), count=("num_local_experts",), width="intermediate_size",
+                norms_scores=True,
+            ),
+            defaults={
+                "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+                "num_local_experts": 8, "num_experts_per_tok": 2,
+            },
+            examples="Mixtral 8x7B, 8x22B",
+        ),
+        Family(
+            "qwen2_moe", "Qwen2MoeForCausalLM", attention("qkv_bias"), BEFORE,
+            experts=Experts(shared_width="shared_expert_intermediate_size"),
+            defaults={
+                "num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True, "num_experts": 60,
+                "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+            },
+            only=UNWINDOWED, examples="Qwen1.5-MoE, Qwen2-57B-A14B",
+        ),
+        Family(
+            "qwen3_moe", "Qwen3MoeForCausalLM", BIASABLE, BEFORE + HEAD_NORMS, experts=Experts(),
+            defaults={
+                "num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts": 128,
+                "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+            },
+            only=UNWINDOWED, examples="Qwen3-30B-A3B, Qwen3-235B-A22B",
         ),
     )
 }  # fmt: skip

@@ -7,9 +7,10 @@ Four verbs and no others, all differentiable through straight-through estimators
     codes   weight, fields, offset V     -> integer codes
     decode  codes, fields                -> weight, in the runtime's order of operations (bit-exact with it)
 
-Two choices tell all grids apart: how scales are stored (`direct`: one fp16 a group; two-level: a small integer a group
-times one fp16 a super-block) and what zero means (`centre`: a constant; `point`: a stored integer; `minimum`: a stored
-float that is subtracted). The grid knows neither file formats nor models.
+Three choices tell all grids apart: how scales are stored (`direct`: one fp16 a group; two-level: an integer a group
+times one fp16 a super-block; power of two: an exponent a group), what zero means (`centre`: a constant; `point`: a
+stored integer; `minimum`: a stored float that is subtracted), and where the levels lie (evenly, or by a codebook).
+The grid knows neither file formats nor models.
 
 Tensors inside the grid are grouped: a weight [rows, columns] becomes [rows, groups, group] (`grouped`), the last group
 padded with zeros when the row is ragged. Fields travel as float32 tensors that hold exactly storable values.
@@ -27,6 +28,14 @@ from torch import Tensor
 Zero = Literal["centre", "point", "minimum"]
 Fields = Mapping[str, Tensor]
 HALF_MAX = 65504.0
+# Levels of the codebook grids in ascending order; a code is a rank in this order. `iq4`: ggml's kvalues_iq4nl, the
+# file's own index. `e2m1`: the values of OCP's FP4 times two, as ggml has them; its two zeros are one level here.
+CODEBOOKS: dict[str, tuple[int, ...]] = {
+    "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "e2m1": (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12),
+}
+EXPONENT_BIAS = 128  # a power-of-two scale is 2^(exponent - 128): OCP's E8M0 (bias 127), halved for the doubled levels
+EXPONENT_LOW, EXPONENT_HIGH = 2, 250  # within them neither the scale nor its reciprocal leaves float32's normal range
 
 
 def straight_through(value: Tensor, stored: Tensor) -> Tensor:
@@ -50,6 +59,20 @@ def safe_reciprocal(value: Tensor) -> Tensor:
     """1 / value, and 0 where value is 0; unlike `where(d == 0, 0, 1 / d)` its gradient has no NaN."""
     zero = value == 0
     return torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, value))
+
+
+def power_through(value: Tensor) -> tuple[Tensor, Tensor]:
+    """(2^(exponent - 128), exponent) nearest to `value` >= 0 in the logarithm; no gradient: steps of two are too coarse
+    for sign descent to walk."""
+    with torch.no_grad():
+        exponent = value.clamp(min=2.0**-126).log2().round() + EXPONENT_BIAS
+        exponent = exponent.clamp(EXPONENT_LOW, EXPONENT_HIGH)
+    return power_of(exponent), exponent
+
+
+def power_of(exponent: Tensor) -> Tensor:
+    """2^(exponent - 128), exact in float32."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.to(torch.int32) - EXPONENT_BIAS)
 
 
 def grouped(weight: Tensor, group: int) -> Tensor:
@@ -88,7 +111,8 @@ class Grid:
     """A set of representable weights: `bits`-bit codes in groups of `group` inputs (None: one group a row).
 
     `code_min` is the lowest code in use (1 keeps q8_0 within -127..127); `zero_floor` the lowest stored zero point
-    (1 for GPTQ v1, which cannot hold 0; research: three incompatible encodings of 0 exist).
+    (1 for GPTQ v1, which cannot hold 0; research: three incompatible encodings of 0 exist). `codebook` names uneven
+    levels (`CODEBOOKS`); `power_of_two` scales are stored as an exponent.
     """
 
     bits: int
@@ -97,16 +121,23 @@ class Grid:
     code_min: int = 0
     zero_floor: int = 0
     super_block: SuperBlock | None = None
+    codebook: str | None = None
+    power_of_two: bool = False
 
     # ---- shape
 
     @property
     def code_max(self) -> int:
-        return (1 << self.bits) - 1
+        return len(CODEBOOKS[self.codebook]) - 1 if self.codebook else (1 << self.bits) - 1
 
     @property
     def centre(self) -> int:
         return 1 << (self.bits - 1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether levels are even and every group has an fp16 scale of its own: all that most formats can hold."""
+        return self.super_block is None and self.codebook is None and not self.power_of_two
 
     def group_of(self, columns: int) -> int:
         """Inputs in one group for rows of `columns` weights."""
@@ -121,7 +152,9 @@ class Grid:
         fields: dict[str, tuple[tuple[int, int], torch.dtype]] = {}
         floats = ("scale", "minimum") if self.zero == "minimum" else ("scale",)
         for name in floats:
-            if self.super_block is None:
+            if self.power_of_two:
+                fields["exponent"] = ((rows, groups), torch.uint8)
+            elif self.super_block is None:
                 fields[name] = ((rows, groups), torch.float16)
             else:
                 integer = torch.int8 if self.super_block.signed else torch.uint8
@@ -137,6 +170,8 @@ class Grid:
             return self.code_min, self.code_max
         if field == "zero_point":
             return self.zero_floor, self.code_max
+        if field == "exponent":
+            return EXPONENT_LOW, EXPONENT_HIGH
         assert self.super_block is not None
         return self.super_block.low, self.super_block.high
 
@@ -154,20 +189,26 @@ class Grid:
         larger magnitude lies exactly on code 0, whichever its sign, so all 2^bits codes are used.
         """
         if self.zero == "centre":
-            if self.code_min:
-                return torch.maximum(high, -low) / (self.centre - self.code_min), None
-            return torch.where(high > -low, high, low) / -self.centre, None
+            if self.code_min or self.power_of_two:
+                return torch.maximum(high, -low) / -self._lowest, None
+            return torch.where(high > -low, high, low) / self._lowest, None
         if self.zero == "point" and self.zero_floor:
             # The lowest zero point must stay within the range, or the upper end would be clipped.
             low = torch.minimum(low, -high * self.zero_floor / (self.code_max - self.zero_floor))
         return (high - low) / self.code_max, -low
 
-    def snap(self, scale: Tensor, minimum: Tensor | None) -> dict[str, Tensor]:
-        """Round real scale and minimum [rows, groups] to what a file can hold."""
-        fields = self._snap_level("scale", scale)
+    def snap(self, scale: Tensor, minimum: Tensor | None, shared: Fields | None = None) -> dict[str, Tensor]:
+        """Round real scale and minimum [rows, groups] to what a file can hold.
+
+        `shared` gives a two-level grid its super-scales, `scale_super` and `minimum_super` [rows, super-blocks];
+        without it the extreme group of each super-block sets them.
+        """
+        if self.power_of_two:
+            return {"exponent": power_through(scale)[1]}
+        fields = self._snap_level("scale", scale, shared)
         if self.zero == "minimum":
             assert minimum is not None
-            fields |= self._snap_level("minimum", minimum)
+            fields |= self._snap_level("minimum", minimum, shared)
         elif self.zero == "point":
             assert minimum is not None
             zero = round_through(minimum * safe_reciprocal(fields["scale"]))
@@ -179,6 +220,8 @@ class Grid:
         scale, zero = self._scale_and_zero(fields)
         inverse = safe_reciprocal(scale)
         level = (weight + zero) * inverse if self.zero == "minimum" else weight * inverse
+        if self.codebook:
+            return _ranks(level, offset, _levels(self.codebook, level.device))
         rounded = round_through(level + offset)
         if self.zero != "minimum":
             rounded = rounded + zero
@@ -187,27 +230,38 @@ class Grid:
     def decode(self, codes: Tensor, fields: Fields) -> Tensor:
         """Grouped codes -> grouped float32 weights, in the order of operations that the runtimes use."""
         scale, zero = self._scale_and_zero(fields)
+        if self.codebook:
+            return scale * _level_of(codes, _levels(self.codebook, codes.device))
         if self.zero == "minimum":
             return scale * codes - zero
         return scale * (codes - zero)
 
     # ---- parts
 
-    def _snap_level(self, name: str, value: Tensor) -> dict[str, Tensor]:
+    @property
+    def _lowest(self) -> int:
+        """The level, in units of the scale, that code `code_min` of a centre grid stands for."""
+        return CODEBOOKS[self.codebook][0] if self.codebook else self.code_min - self.centre
+
+    def _snap_level(self, name: str, value: Tensor, shared: Fields | None) -> dict[str, Tensor]:
         level = self.super_block
         if level is None:
             return {name: half_through(value)}
         blocks = value.reshape(*value.shape[:-1], -1, level.groups)
-        if level.signed:
+        if shared is not None:
+            extreme = shared[f"{name}_super"].unsqueeze(-1)
+        elif level.signed:
             extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / level.low
         else:
             extreme = blocks.amax(-1, keepdim=True) / level.high
-        shared = half_through(extreme)
-        small = round_through(blocks * safe_reciprocal(shared)).clamp(level.low, level.high)
-        return {f"{name}_super": shared.squeeze(-1), f"{name}_sub": small.flatten(-2)}
+        top = half_through(extreme)
+        small = round_through(blocks * safe_reciprocal(top)).clamp(level.low, level.high)
+        return {f"{name}_super": top.squeeze(-1), f"{name}_sub": small.flatten(-2)}
 
     def _level(self, name: str, fields: Fields) -> Tensor:
         """The float32 value of a stored level, [rows, groups, 1]."""
+        if self.power_of_two:
+            return power_of(fields["exponent"]).unsqueeze(-1)
         if self.super_block is None:
             return fields[name].float().unsqueeze(-1)
         small = fields[f"{name}_sub"].float()
@@ -221,7 +275,7 @@ class Grid:
             return scale, self._level("minimum", fields)
         if self.zero == "point":
             return scale, fields["zero_point"].float().unsqueeze(-1)
-        return scale, torch.full((), float(self.centre), device=scale.device)
+        return scale, torch.full((), 0.0 if self.codebook else float(self.centre), device=scale.device)
 
     # ---- as a value
 
@@ -247,3 +301,39 @@ class Grid:
         """Inverse of `to_json`; unknown fields are errors (TypeError)."""
         level = data.get("super_block")
         return Grid(**{**data, "super_block": SuperBlock(**level) if level else None})
+
+
+def _levels(codebook: str, device: torch.device) -> Tensor:
+    """Levels of a codebook, float32 [levels], ascending."""
+    return torch.tensor(CODEBOOKS[codebook], dtype=torch.float32, device=device)
+
+
+def _slopes(levels: Tensor) -> Tensor:
+    """How far one rank carries: the mean gap to the neighbours, at the ends the only one."""
+    gaps = levels.diff()
+    return torch.cat([gaps[:1], (gaps[1:] + gaps[:-1]) / 2, gaps[-1:]])
+
+
+def _ranks(level: Tensor, offset: Tensor | float, levels: Tensor) -> Tensor:
+    """Ranks nearest to real levels among `levels`, `offset` ranks away; integral.
+
+    Between neighbours the rank runs linearly, so that the offset moves the choice as it does on an even grid. The
+    gradient divides by the slope that `_level_of` multiplies with, so that a decoded weight follows its level with
+    slope one, as on an even grid. (With the slope of the gap instead, a quarter of the scales' gradients had the wrong
+    sign on IQ4_NL.)
+    """
+    with torch.no_grad():
+        below = torch.bucketize(level, levels[1:-1], right=True)
+        rank = below + (level - levels[below]) / (levels[below + 1] - levels[below])
+        rounded = (rank + offset).round()
+        slope = _slopes(levels)[rounded.clamp(0, len(levels) - 1).long()]
+    return straight_through(level / slope + offset, rounded).clamp(0, len(levels) - 1)
+
+
+def _level_of(codes: Tensor, levels: Tensor) -> Tensor:
+    """The level of integral codes, exactly; the gradient is the slope there."""
+    ranks = codes.detach().long()
+    value = levels[ranks]
+    if not codes.requires_grad:
+        return value
+    return value + _slopes(levels)[ranks] * (codes - codes.detach())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from signround.architecture import EMBEDDING, HEAD
 from signround.artifact import QuantizedCheckpoint
+from signround.experts import stacked
 
 
 def load(artifact: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -32,7 +33,8 @@ def whole_model(folder: Path, names: Iterable[str], read: Callable[[str], Tensor
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    weights = {name: read(name) for name in names}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights = stacked(names, read, shapes, dtype)
     if config.tie_word_embeddings:
         weights[HEAD] = weights[EMBEDDING]
     model.load_state_dict(weights, assign=True, strict=True)

@@ -32,12 +32,14 @@ from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.evaluate import score, text_windows
 from signround.events import Listener, Notice, StageAdvanced, StageStarted, silent
 from signround.exporting import ExportedModel, Exporter, make_exporters
+from signround.file_types import parse_overrides
 from signround.files import sha256_of, sha256_of_json
+from signround.importance import Importance, ImportanceFiles
 from signround.measure import peak_memory, physical_memory, reset_peak_memory
 from signround.parity import Parity
 from signround.parity import verify as verify_files
 from signround.plan import ModelPlan, make_plan
-from signround.recipes import fit_to_memory, settings_for
+from signround.recipes import TuningSettings, fit_to_memory, settings_for
 from signround.report import REPORT_FILES, ExportResult, Perplexities, build_report, write_report
 from signround.runtimes.targets import kind_of
 from signround.runtimes.torch_blocks import float_model, rounded_model, tuned_model
@@ -56,6 +58,7 @@ class Job:
     calibration: str
     out: Path
     tokens: CalibrationTokens | None = None  # of a calibration file: a text that is too short is refused at plan time
+    importance: Importance | None = None  # of an importance matrix that the user gave
 
 
 def prepare(
@@ -73,6 +76,8 @@ def prepare(
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    tensor_types: Sequence[str] = (),
+    imatrix: str | Path | None = None,
     options: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Job:
     """Resolve a request into a job. Raises RefusedError with every reason at once; does no work.
@@ -88,7 +93,11 @@ def prepare(
     )  # fmt: skip
     tuning = fit_to_memory(tuning, architecture.hidden, physical_memory())
     floor = max((exporter.zero_floor for exporter in exporters), default=0)
-    plan = make_plan(checkpoint, scheme, tuning, read_spec(calibration), floor)
+    plan = make_plan(
+        checkpoint, scheme, tuning, read_spec(calibration), floor,
+        mixes=bool(exporters) and all(exporter.file_types for exporter in exporters),
+        overrides=parse_overrides(tensor_types), imatrix_sha256=_sha256_of_imatrix(imatrix, tuning),
+    )  # fmt: skip
     refusals = [refusal for exporter in exporters for refusal in _format_refusals(exporter, plan)]
     if out is not None:
         refusals += _output_refusals(Path(out), plan, () if refusals else exporters)
@@ -103,7 +112,25 @@ def prepare(
         refusals += error.refusals
     if refusals:
         raise RefusedError(list(dict.fromkeys(refusals)))
-    return Job(checkpoint, plan, exporters, calibration, Path(out or "out"), tokens)
+    given = None if imatrix is None else _read_imatrix(Path(imatrix), exporters, plan)
+    return Job(checkpoint, plan, exporters, calibration, Path(out or "out"), tokens, given)
+
+
+def _sha256_of_imatrix(imatrix: str | Path | None, tuning: TuningSettings) -> str:
+    if imatrix is None:
+        return ""
+    if tuning.start != "search":
+        raise refuse(f"--method {tuning.method} does not use an importance matrix", "leave --imatrix out", "--imatrix")
+    if not Path(imatrix).is_file():
+        raise refuse("no such importance matrix", "check the path", str(imatrix))
+    return sha256_of(Path(imatrix))
+
+
+def _read_imatrix(path: Path, exporters: Sequence[Exporter], plan: ModelPlan) -> Importance:
+    reader = next((exporter for exporter in exporters if isinstance(exporter, ImportanceFiles)), None)
+    if reader is None:
+        raise refuse("no format that was asked for reads importance matrices", "add --to gguf", "--imatrix")
+    return reader.read_importance(path, plan)
 
 
 def tune(job: Job, on_event: Listener = silent) -> QuantizedCheckpoint:
@@ -125,7 +152,7 @@ def tune(job: Job, on_event: Listener = silent) -> QuantizedCheckpoint:
         reset_peak_memory()
         for kept in job.plan.outer:
             writer.commit_outer(kept.name, job.checkpoint.read(kept.name))
-        TuningChain(job.checkpoint, job.plan, writer, tokens.tuning, on_event).run()
+        TuningChain(job.checkpoint, job.plan, writer, tokens.tuning, on_event, job.importance).run()
         return writer.finish()
     finally:
         writer.close()
@@ -186,6 +213,8 @@ def quantize(
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    tensor_types: Sequence[str] = (),
+    imatrix: str | Path | None = None,
     text: str | Path | None = None,
     options: Mapping[str, Mapping[str, str]] | None = None,
     on_event: Listener = silent,
@@ -197,7 +226,8 @@ def quantize(
     """
     job = prepare(
         model, scheme, out, to, method=method, recipe=recipe, calibration=calibration, samples=samples, seqlen=seqlen,
-        iters=iters, batch_size=batch_size, seed=seed, device=device, options=options,
+        iters=iters, batch_size=batch_size, seed=seed, device=device, tensor_types=tensor_types, imatrix=imatrix,
+        options=options,
     )  # fmt: skip
     return run(job, Path(text) if text else None, on_event)
 

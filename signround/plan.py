@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from signround.architecture import BLOCK, HEAD, Architecture, read_architecture
+from signround.architecture import BLOCK, EMBEDDING, HEAD, Architecture, read_architecture
+from signround.assignment import Assignment, assigned
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import Refusal, RefusedError
+from signround.file_types import Overrides
 from signround.files import sha256_of_json
-from signround.formats import grid_for
 from signround.grid import Grid
 from signround.recipes import TuningSettings
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,24 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The whole job on one model. `files` is the folder that holds config.json and the tokenizer files."""
+    """The whole job on one model. `scheme` is what the user asked for, `file_type` the mix of llama.cpp that it stands
+    for ("" when it is one grid; `mixes.FILE_TYPES`). `outer` and `outer_layers` are the tensors outside the blocks: kept ones, and those
+    that a file type quantises (embedding, head). `imatrix_sha256` names the importance matrix that the user gave (""
+    when it is measured). `files` is the folder that holds config.json and the tokenizer files."""
 
     model: str
     source_sha256: str
     parameters: int
     scheme: str
+    file_type: str
     config: Mapping[str, Any]
     blocks: tuple[BlockPlan, ...]
     outer: tuple[KeptTensor, ...]
+    outer_layers: tuple[LayerPlan, ...]
     skipped: Mapping[str, str]
     tuning: TuningSettings
     calibration: CalibrationSpec
+    imatrix_sha256: str
     files: Path
 
     @cached_property
@@ -89,7 +96,8 @@ class ModelPlan:
         return read_architecture(self.config)
 
     def layers(self) -> Iterator[LayerPlan]:
-        """Every quantised linear, block by block."""
+        """Every quantised matrix: those outside the blocks, then block by block."""
+        yield from self.outer_layers
         for block in self.blocks:
             yield from block.layers
 
@@ -100,7 +108,7 @@ class ModelPlan:
             yield from block.kept
 
     def bits_per_weight(self) -> float:
-        """Average stored bits over the quantised linears."""
+        """Average stored bits over the quantised matrices."""
         weights = sum(layer.rows * layer.columns for layer in self.layers())
         bits = sum(layer.rows * layer.columns * layer.grid.bits_per_weight(layer.columns) for layer in self.layers())
         return bits / weights
@@ -127,23 +135,28 @@ class ModelPlan:
             source_sha256=data["source_sha256"],
             parameters=data["parameters"],
             scheme=data["scheme"],
+            file_type=data["file_type"],
             config=data["config"],
             blocks=tuple(
                 BlockPlan(
                     index=block["index"],
-                    layers=tuple(
-                        LayerPlan(**{**layer, "grid": Grid.from_json(layer["grid"])}) for layer in block["layers"]
-                    ),
+                    layers=tuple(_layer(entry) for entry in block["layers"]),
                     kept=tuple(_kept(entry) for entry in block["kept"]),
                 )
                 for block in data["blocks"]
             ),
             outer=tuple(_kept(entry) for entry in data["outer"]),
+            outer_layers=tuple(_layer(entry) for entry in data["outer_layers"]),
             skipped=data["skipped"],
             tuning=TuningSettings(**data["tuning"]),
             calibration=CalibrationSpec(**data["calibration"]),
+            imatrix_sha256=data["imatrix_sha256"],
             files=files,
         )
+
+
+def _layer(entry: Mapping[str, Any]) -> LayerPlan:
+    return LayerPlan(**{**entry, "grid": Grid.from_json(entry["grid"])})
 
 
 def _kept(entry: Mapping[str, Any]) -> KeptTensor:
@@ -165,44 +178,69 @@ def make_plan(
     tuning: TuningSettings,
     calibration: CalibrationSpec,
     zero_floor: int = 0,
+    *,
+    mixes: bool = False,
+    overrides: Overrides = (),
+    imatrix_sha256: str = "",
 ) -> ModelPlan:
-    """Match the checkpoint against its architecture, tensor by tensor, and give every linear its grid.
+    """Match the checkpoint against its architecture, tensor by tensor, and give every matrix its grid.
 
-    `zero_floor` is the highest lowest zero point among the wanted exporters. Raises RefusedError with every missing,
-    unknown or misshapen tensor.
+    `zero_floor` is the highest lowest zero point among the wanted exporters; `mixes` and `overrides` as in
+    `assignment.assigned`. Raises RefusedError with every missing, unknown or misshapen tensor.
     """
     architecture = read_architecture(checkpoint.config)
-    grid = grid_for(scheme, zero_floor)
-    reason = f"scheme {scheme}" + (f", zero point >= {zero_floor} for GPTQ" if grid.zero_floor else "")
+    importance = bool(imatrix_sha256) or tuning.start == "search"
+    types = assigned(scheme, architecture, zero_floor, mixes=mixes, overrides=overrides, importance=importance)
     blocks = tuple(
         BlockPlan(
             index,
-            tuple(
-                LayerPlan(name, rows, columns, grid, reason + _ragged_note(grid, columns))
-                for name, (rows, columns) in architecture.block_linears(index).items()
-            ),
-            tuple(_keep(checkpoint, name, shape) for name, shape in architecture.block_kept(index).items()),
+            _layers(types, architecture.block_linears(index)),
+            _kept_tensors(checkpoint, types, architecture.block_linears(index) | architecture.block_kept(index)),
         )
         for index in range(architecture.layers)
     )
-    outer = tuple(_keep(checkpoint, name, shape) for name, shape in architecture.outer().items())
+    outer = architecture.outer()
     plan = ModelPlan(
         model=checkpoint.folder.resolve().name,
         source_sha256=checkpoint.sha256,
         parameters=checkpoint.parameters,
         scheme=scheme,
+        file_type=types.file_type,
         config=checkpoint.config,
         blocks=blocks,
-        outer=outer,
+        outer=_kept_tensors(checkpoint, types, outer),
+        outer_layers=_layers(types, {name: (shape[0], shape[-1]) for name, shape in outer.items()}),
         skipped=_skipped(checkpoint, architecture),
         tuning=tuning,
         calibration=calibration,
+        imatrix_sha256=imatrix_sha256,
         files=checkpoint.folder,
     )
-    refusals = _mismatches(checkpoint, plan)
+    refusals = _mismatches(checkpoint, plan) + _cut_super_blocks(plan)
     if refusals:
         raise RefusedError(refusals)
     return plan
+
+
+def _layers(types: Assignment, shapes: Mapping[str, tuple[int, int]]) -> tuple[LayerPlan, ...]:
+    """Plans of those matrices in `shapes` that are quantised."""
+    layers = []
+    for name, (rows, columns) in shapes.items():
+        if name in types.grids:
+            grid, reason = types.grids[name]
+            layers.append(LayerPlan(name, rows, columns, grid, reason + _ragged_note(grid, columns)))
+    return tuple(layers)
+
+
+def _kept_tensors(
+    checkpoint: SourceCheckpoint, types: Assignment, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[KeptTensor, ...]:
+    """Plans of those tensors in `shapes` that are not."""
+    return tuple(
+        _keep(checkpoint, name, shape, types.floats.get(name))
+        for name, shape in shapes.items()
+        if name not in types.grids
+    )
 
 
 def _ragged_note(grid: Grid, columns: int) -> str:
@@ -211,16 +249,32 @@ def _ragged_note(grid: Grid, columns: int) -> str:
     return f"; last group of each row holds {columns % grid.group_of(columns)} of {grid.group_of(columns)} inputs"
 
 
-def _keep(checkpoint: SourceCheckpoint, name: str, shape: tuple[int, ...]) -> KeptTensor:
+def _keep(checkpoint: SourceCheckpoint, name: str, shape: tuple[int, ...], chosen: str | None) -> KeptTensor:
     info = checkpoint.tensors.get(name)
     dtype = str(info.dtype).removeprefix("torch.") if info else "missing"
-    if name.endswith(".bias"):
+    if chosen is not None:
+        reason = chosen
+    elif name.endswith(".bias"):
         reason = "biases are not quantised"
     elif "norm" in name:
         reason = "norms are not quantised"
-    else:
+    elif name in (EMBEDDING, HEAD):
         reason = "embeddings and head keep their precision"
+    else:
+        reason = "routers keep their precision: they decide which experts run"
     return KeptTensor(name, shape, dtype, reason)
+
+
+def _cut_super_blocks(plan: ModelPlan) -> list[Refusal]:
+    cut = {layer.columns for layer in plan.layers() if layer.grid.super_block and layer.grid.ragged(layer.columns)}
+    return [
+        Refusal(
+            f"rows of {columns} weights are no whole number of super-blocks of 256, which {plan.scheme} needs",
+            "choose a file type such as q4_k_m with --to gguf alone (it falls back as llama.cpp does), or w4g32",
+            "--scheme",
+        )
+        for columns in sorted(cut)
+    ]
 
 
 def _skipped(checkpoint: SourceCheckpoint, architecture: Architecture) -> dict[str, str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import html
 import math
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from signround.artifact import QuantizedCheckpoint
+from signround.experts import unit_of
 from signround.exporting import ExportedModel
 from signround.files import sha256_of, write_json, written_whole
 from signround.parity import LogitParity, Parity
 from signround.runtimes.protocol import Speed
 
 SCHEMA_VERSION = 1
+MANY_NAMES = 12  # more layers than this are counted in a table, not named
 REPORT_FILES = ("report.md", "report.html", "report.json")
 PACKAGES = (
     "signround", "torch", "transformers", "gguf", "onnx-ir", "onnxruntime", "onnxruntime-genai", "xllamacpp",
@@ -104,6 +108,7 @@ def build_report(
                     "loss_rounded": record.loss_rounded,
                     "loss_tuned": record.loss_tuned,
                     "kept": record.kept,
+                    "expert_tokens": record.expert_tokens,
                 }
                 for record in records
             ],
@@ -299,13 +304,37 @@ def markdown(report: Mapping[str, Any]) -> str:
         + f"\n\n## Files against the tuned model\n\n{table}\n"
         + "\n## Blocks\n\nLosses are mean squared errors of the block's output on the held-out samples.\n\n"
         + f"| block | rounded | tuned | kept | seconds |\n| --- | --- | --- | --- | --- |\n{blocks}\n"
+        + _experts_section(report["tuning"]["blocks"])
         + f"\n## Written\n\n| file | bytes | sha256 |\n| --- | --- | --- |\n{files}\n"
     )
 
 
 def _kept_text(kept: Mapping[str, str]) -> str:
-    others = [f"{name.removesuffix('.weight')}: {choice}" for name, choice in kept.items() if choice != "tuned"]
-    return ", ".join(others) or "all tuned"
+    """What was not tuned: by name, an expert once for its three linears; only counted where the names would be many."""
+    others = {unit_of(name).removesuffix(".weight"): choice for name, choice in kept.items() if choice != "tuned"}
+    if len(others) > MANY_NAMES:
+        units = len({unit_of(name) for name in kept})
+        words = Counter(choice.partition(" ")[0] for choice in others.values())
+        return ", ".join(f"{count} of {units} {word}" for word, count in words.items())
+    return ", ".join(f"{name}: {choice}" for name, choice in others.items()) or "all tuned"
+
+
+def _experts_section(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """How many calibration tokens the router gave to the experts of each block; nothing for other models."""
+    rows = []
+    for block in blocks:
+        tokens = list(block.get("expert_tokens", {}).values())
+        if tokens:
+            short = len({unit_of(name) for name, choice in block["kept"].items() if choice.endswith("tokens)")})
+            rows.append(
+                f"| {block['index']} | {len(tokens)} | {min(tokens)} | {statistics.median(tokens):.0f} | {short} |"
+            )
+    if not rows:
+        return ""
+    head = (
+        "| block | experts | fewest tokens | median | rounded for want of tokens |\n| --- | --- | --- | --- | --- |\n"
+    )
+    return "\n## Experts\n\nCalibration tokens that the router sent to each expert.\n\n" + head + "\n".join(rows) + "\n"
 
 
 def web_page(report: Mapping[str, Any]) -> str:

@@ -81,8 +81,13 @@ def _two_level(tensor: QuantizedTensor) -> tuple[Bytes, dict[str, Any]]:
 
 
 def pack(tensor: QuantizedTensor, kind: str) -> Bytes:
-    """Bytes [rows, bytes a row] of a tensor on the grid of `kind` (q4_0 ... q8_0, q2_k ... q6_k)."""
-    parts = _pack_two_level(tensor, kind) if kind.endswith("k") else _pack_direct(tensor, kind)
+    """Bytes [rows, bytes a row] of a tensor on the grid of `kind` (a name of ggml's types in lower case)."""
+    if kind == "mxfp4":
+        parts = _pack_mxfp4(tensor)
+    elif kind == "q2_0":
+        parts = _pack_q2_0(tensor)
+    else:
+        parts = _pack_two_level(tensor, kind) if kind.endswith(("k", "xs")) else _pack_direct(tensor, kind)
     return np.concatenate(parts, -1).reshape(tensor.shape[0], -1)
 
 
@@ -94,6 +99,23 @@ def _pack_direct(tensor: QuantizedTensor, kind: str) -> list[Bytes]:
     if kind.startswith("q5"):
         head.append(_fifth_bits(codes))
     return [*head, _nibbles(codes)]
+
+
+def _pack_mxfp4(tensor: QuantizedTensor) -> list[Bytes]:
+    """The exponent, then signed magnitudes: the file's index of each value is found by looking for it."""
+    file_values = [0, 1, 2, 3, 4, 6, 8, 12, None, -1, -2, -3, -4, -6, -8, -12]  # 8 is a second zero
+    ascending = sorted(value for value in file_values if value is not None)
+    nibbles = np.array([file_values.index(value) for value in ascending], dtype=np.uint8)
+    return [tensor.fields["exponent"].numpy()[..., None], _nibbles(nibbles[_blocks(tensor, 32)])]
+
+
+def _pack_q2_0(tensor: QuantizedTensor) -> list[Bytes]:
+    """ggml's level is q - 1, ours c - 2: turned round, -1 0 1 2 is 1 0 -1 -2, with the sign in the scale."""
+    mirrored = 3 - _blocks(tensor, 64)
+    packed = np.zeros((*mirrored.shape[:-1], 16), dtype=np.uint8)
+    for j in range(64):
+        packed[..., j // 4] |= mirrored[..., j] << (2 * (j % 4))
+    return [_half(-tensor.fields["scale"].numpy()), packed]
 
 
 def _pack_two_level(tensor: QuantizedTensor, kind: str) -> list[Bytes]:
@@ -115,6 +137,15 @@ def _pack_two_level(tensor: QuantizedTensor, kind: str) -> list[Bytes]:
                         halves[..., 1, :] & 15 | (halves[..., 3, :] & 15) << 4], -2)  # fmt: skip
         high = _crumbs(codes >> 4)
         return [low.reshape(*codes.shape[:-1], 128), high, small.view(np.uint8), scale]
+    if kind == "iq4_xs":
+        unsigned = (small.astype(np.int16) + 32).astype(np.uint8)
+        high = np.zeros((*unsigned.shape[:-1], 1), dtype="<u2")
+        low = np.zeros((*unsigned.shape[:-1], 4), dtype=np.uint8)
+        for j in range(8):
+            high[..., 0] |= (unsigned[..., j] >> 4).astype("<u2") << (2 * j)
+            low[..., j // 2] |= (unsigned[..., j] & 15) << (4 * (j % 2))
+        body = _nibbles(codes.reshape(*codes.shape[:-1], 8, 32)).reshape(*codes.shape[:-1], 128)
+        return [scale, high.view(np.uint8), low, body]
     head = [scale, parts["minimum_super"], _six_bit_pairs(small, parts["minimum_sub"])]
     chunks = codes.reshape(*codes.shape[:-1], 4, 2, 32) & 15
     body = (chunks[..., 0, :] | chunks[..., 1, :] << 4).reshape(*codes.shape[:-1], 128)

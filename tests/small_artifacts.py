@@ -24,21 +24,25 @@ def rounded_tensor(weight: torch.Tensor, grid: Grid, flips: torch.Generator | No
     return QuantizedTensor.from_grid(grid, weight, fields, offset)
 
 
-def write_rounded_artifact(model: Path, folder: Path, scheme: str, zero_floor: int = 0) -> QuantizedCheckpoint:
-    """The artifact of `model` (a Hugging Face folder) rounded to `scheme` with random flips."""
+def write_rounded_artifact(
+    model: Path, folder: Path, scheme: str, zero_floor: int = 0, *, mixes: bool = False
+) -> QuantizedCheckpoint:
+    """The artifact of `model` (a Hugging Face folder) rounded to `scheme` with random flips; `mixes` as in the plan."""
     checkpoint = SourceCheckpoint(model)
     tuning = settings_for("rtn", context=64, samples=2, seqlen=16)
-    plan = make_plan(checkpoint, scheme, tuning, CalibrationSpec("self"), zero_floor)
+    plan = make_plan(checkpoint, scheme, tuning, CalibrationSpec("self"), zero_floor, mixes=mixes)
     writer = ArtifactWriter(folder, plan, checkpoint.files)
     flips = torch.Generator().manual_seed(7)
     for kept in plan.outer:
         writer.commit_outer(kept.name, checkpoint.read(kept.name))
+    for layer in plan.outer_layers:
+        writer.commit_outer_layer(layer.name, rounded_tensor(checkpoint.read(layer.name), layer.grid, flips), None)
     for block in plan.blocks:
         quantized = {
             layer.name: rounded_tensor(checkpoint.read(layer.name), layer.grid, flips) for layer in block.layers
         }
         kept_tensors = {kept.name: checkpoint.read(kept.name) for kept in block.kept}
-        writer.commit_block(block.index, quantized, kept_tensors, BlockRecord(block.index, 0.0, 1.0, 1.0, {}, 0, 0))
+        writer.commit_block(block.index, quantized, kept_tensors, BlockRecord(block.index, 0.0, 1.0, 1.0, {}, 0, 0), {})
     finished = writer.finish()
     writer.close()
     return finished

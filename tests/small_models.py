@@ -61,7 +61,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.3,
                 "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False},
+    "qwen2-moe": {"model_type": "qwen2_moe", "tie_word_embeddings": False, "num_experts": 6, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160},
+    "qwen3-moe": {"model_type": "qwen3_moe", "head_dim": 96, "num_experts": 8, "num_experts_per_tok": 3,
+                  "moe_intermediate_size": 96, "norm_topk_prob": True},
+    "mixtral": {"model_type": "mixtral", "tie_word_embeddings": False, "num_local_experts": 4,
+                "num_experts_per_tok": 2},
 }  # fmt: skip
+
+MIXTURES = tuple(name for name, fields in FAMILIES.items() if "num_experts_per_tok" in fields)
+DENSE = tuple(name for name in FAMILIES if name not in MIXTURES)
 
 
 def write_small_model(  # one keyword a property that tests vary

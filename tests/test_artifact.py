@@ -48,7 +48,7 @@ class Job:
                 writer.commit_outer(name, tensor)
             for index, (quantized, kept) in enumerate(self.blocks[:stop_after]):
                 if not writer.has_block(index):
-                    writer.commit_block(index, quantized, kept, BlockRecord(index, seconds, 2.0, 1.0, {}, 5, 6))
+                    writer.commit_block(index, quantized, kept, BlockRecord(index, seconds, 2.0, 1.0, {}, 5, 6), {})
                     written.append(index)
             if stop_after is None:
                 writer.finish()
@@ -74,6 +74,16 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     ]
     outer = {kept.name: checkpoint.read(kept.name) for kept in plan.outer}
     return Job(plan, checkpoint.files, outer, blocks)
+
+
+def test_named_chat_templates_are_carried_along(job: Job, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(job.model_files[0].parent, model)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    replace(job, model_files=SourceCheckpoint(model).files).run(tmp_path / "artifact")
+    carried = tmp_path / "artifact" / "model" / "additional_chat_templates" / "rag.jinja"
+    assert carried.read_text() == "{{ documents }}"
 
 
 def contents(folder: Path, *, records: bool = False) -> dict[str, bytes]:

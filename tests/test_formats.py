@@ -11,8 +11,8 @@ from signround.grid import Grid
 
 def test_every_name_has_a_grid_and_names_are_unique() -> None:
     names = scheme_names()
-    assert len(names) == len(set(names)) == len(BITS) * (len(GROUPS) + 1) * 2 + 5
-    assert len({grid_for(name) for name in names}) == len(names) - 1  # w4g32 and q4_0 are one grid
+    assert len(names) == len(set(names)) == len(BITS) * (len(GROUPS) + 1) * 2 + 14
+    assert len({grid_for(name) for name in names}) == len(names) - 2  # w4g32 is q4_0, w2g64 is q2_0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.gguf_blocks import pack
 from tests.small_artifacts import rounded_tensor
 from tests.test_grid import SUPER
 
-DIRECT = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+DIRECT = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4")
 
 
 def awkward_weight(rows: int, columns: int, seed: int) -> torch.Tensor:

@@ -112,10 +112,12 @@ def test_it_cannot_be_changed() -> None:
         tensor.grid = Grid(bits=4, group=32)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("columns", [96, 100])
+@pytest.mark.parametrize("columns", [96, 100, 512])
 @pytest.mark.parametrize("name", scheme_names())
 def test_from_grid_and_decode_are_the_grid_verbs(name: str, columns: int) -> None:
     grid = grid_for(name)
+    if grid.super_block and grid.ragged(columns):
+        pytest.skip("two-level scales need whole super-blocks")
     generator = torch.Generator().manual_seed(31)
     weight = torch.randn(5, columns, generator=generator).bfloat16()
     blocks = grouped(weight.float(), grid.group_of(columns))

@@ -121,6 +121,7 @@ class GgufFile:
         self.values: dict[str, Any] = {}
         self.tensors: dict[str, TensorEntry] = {}
         self._offsets: dict[str, int] = {}
+        self._size = path.stat().st_size
         with open(path, "rb") as stream:
             self._stream = stream
             if self._take(4) != MAGIC:
@@ -136,15 +137,15 @@ class GgufFile:
             self._start = padded(stream.tell())
         ends = [self._start + self._offsets[name] + entry.bytes for name, entry in self.tensors.items()]
         needed = max(ends, default=0)
-        if path.stat().st_size < needed:
-            raise ValueError(f"it is cut short ({path.stat().st_size} bytes, its tensors need {needed})")
+        if self._size < needed:
+            raise ValueError(f"it is cut short ({self._size} bytes, its tensors need {needed})")
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes, read for this call: nothing of the file stays mapped."""
         return np.fromfile(self.path, np.uint8, self.tensors[name].bytes, offset=self._start + self._offsets[name])
 
     def _take(self, count: int) -> bytes:
-        raw = self._stream.read(count)
+        raw = self._stream.read(count) if count <= self._size else b""  # a damaged length must not ask for memory
         if len(raw) != count:
             raise ValueError("its header is cut short")
         return raw
@@ -160,6 +161,8 @@ class GgufFile:
             return self._text()
         if code == ARRAY:
             element, count = self._numbers("IQ")
+            if count > self._size:
+                raise ValueError("its header is cut short")
             if element in (STRING, ARRAY):
                 return [self._value(element) for _ in range(count)]
             return list(self._numbers(f"{count}{self._format(element)}"))

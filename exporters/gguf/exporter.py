@@ -18,10 +18,11 @@ from torch import Tensor
 
 from exporters.gguf import hyperparameters
 from exporters.gguf.container import GgufFile
+from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
 from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
-from exporters.gguf.packing import BLOCK, block_type_for, obstacle, unpack
+from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.tokenizer import read_tokenizer
 from exporters.gguf.vocabulary import CarriedTokenizer
@@ -32,6 +33,7 @@ from signround.events import Listener, StageAdvanced, StageStarted
 from signround.exporting import ExportedModel, missing_packages
 from signround.files import written_whole
 from signround.grid import Grid
+from signround.importance import Importance
 from signround.plan import LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 
@@ -51,6 +53,10 @@ class GgufExporter:
     @property
     def zero_floor(self) -> int:
         return 0
+
+    @property
+    def file_types(self) -> bool:
+        return True
 
     def holds(self, grid: Grid, columns: int) -> bool:
         """See `Exporter.holds`."""
@@ -128,13 +134,15 @@ class GgufExporter:
                     raise FailedError(f"{exported.target}: {name} is damaged ({error}); export it again.") from error
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
-        """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it."""
+        """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it, and
+        for a type that came after it (Q2_0)."""
         refusals = missing_packages(("gguf",), "gguf", "gguf")
         if refusals:
             raise RefusedError(refusals)
         from gguf import GGUFReader
         from gguf.quants import dequantize
 
+        _refuse_unknown_types(exported.target)
         reader = GGUFReader(exported.target)
         values = {key: field.contents() for key, field in reader.fields.items() if "head_count" in key or "arch" in key}
         for tensor in reader.tensors:
@@ -147,6 +155,16 @@ class GgufExporter:
             heads = _heads(tensor.name, values)
             ordered = weight.copy() if heads is None else halved(weight, heads)
             yield checkpoint_name(tensor.name, values["general.architecture"]), torch.from_numpy(ordered)
+
+    def write_importance(self, importance: Importance, path: Path) -> None:
+        """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
+        write_imatrix(path, imatrix_of(importance))
+
+    def read_importance(self, path: Path, plan: ModelPlan) -> Importance:
+        """What `llama-imatrix` wrote, in its GGUF or its older .dat form. See `ImportanceFiles`."""
+        columns = {layer.name: layer.columns for layer in plan.layers()}
+        columns |= {kept.name: kept.shape[-1] for kept in plan.outer if len(kept.shape) > 1}
+        return importance_of(read_imatrix(path), columns, str(path))
 
     def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
         return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)
@@ -176,16 +194,17 @@ def _grid_refusals(plan: ModelPlan) -> list[Refusal]:
 
 def _growth_notes(plan: ModelPlan) -> list[str]:
     """One note a block type whose blocks are shorter than the groups of the grid."""
-    grown: dict[str, tuple[float, float]] = {}
+    grown: dict[BlockType, tuple[float, float]] = {}
     for layer in plan.layers():
-        if obstacle(layer.grid, layer.columns) is None and layer.grid.group_of(layer.columns) > BLOCK:
+        if obstacle(layer.grid, layer.columns) is None and layer.grid.super_block is None:
             kind = block_type_for(layer.grid, layer.columns)
-            stored = kind.bytes * 8 / kind.elements
-            grown.setdefault(kind.name, (layer.grid.bits_per_weight(layer.columns), stored))
+            if layer.grid.group_of(layer.columns) > kind.elements:
+                stored = kind.bytes * 8 / kind.elements
+                grown.setdefault(kind, (layer.grid.bits_per_weight(layer.columns), stored))
     return [
-        f"gguf: {name} keeps a scale every {BLOCK} weights, so {plan.scheme} takes {stored:.2f} bits a weight there "
-        f"instead of {own:.2f}; the integers are the same"
-        for name, (own, stored) in grown.items()
+        f"gguf: {kind.name} keeps a scale every {kind.elements} weights, so {plan.scheme} takes {stored:.2f} bits a "
+        f"weight there instead of {own:.2f}; the integers are the same"
+        for kind, (own, stored) in grown.items()
     ]
 
 
@@ -193,6 +212,18 @@ def _heads(name: str, values: dict[str, Any]) -> int | None:
     architecture = values["general.architecture"]
     heads = values[f"{architecture}.attention.head_count"]
     return rotated_heads(name, architecture, heads, values[f"{architecture}.attention.head_count_kv"])
+
+
+def _refuse_unknown_types(path: Path) -> None:
+    """gguf-py stops at the first type it has no name for."""
+    from gguf import GGMLQuantizationType
+
+    known = {kind.value for kind in GGMLQuantizationType}
+    used = {entry.type for entry in _parsed(path).tensors.values()}
+    unknown = [kind.name for kind in BLOCK_TYPES if kind.code in used - known]
+    if unknown:
+        problem = f"the installed gguf-py does not know {', '.join(unknown)}"
+        raise refuse(problem, "update the gguf package once a release does", str(path))
 
 
 def _only_file(target: Path) -> Path:

@@ -17,6 +17,7 @@ from exporters.gguf.container import TensorEntry
 from exporters.gguf.hyperparameters import rope_tensors
 from exporters.gguf.names import ARCHITECTURES, gguf_name
 from exporters.gguf.packing import BLOCK_TYPES, block_type_for
+from signround.mixes import FILE_TYPES
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 
 AUTO = "auto"
@@ -69,6 +70,7 @@ def layout(plan: ModelPlan, float_type: str) -> list[Slot]:
     """Every tensor in file order: outer ones, then block by block, then factors of rotary positions."""
     arch = ARCHITECTURES[plan.architecture.family.model_type]
     slots = [_kept_slot(kept, arch, float_type) for kept in plan.outer]
+    slots += [_layer_slot(layer, arch) for layer in plan.outer_layers]
     for block in plan.blocks:
         slots += [_kept_slot(kept, arch, float_type) for kept in block.kept]
         slots += [_layer_slot(layer, arch) for layer in block.layers]
@@ -90,7 +92,9 @@ def _layer_slot(layer: LayerPlan, arch: str) -> Slot:
 
 
 def file_type(plan: ModelPlan, float_type: str) -> int:
-    """`general.file_type`: the type of most weights."""
+    """`general.file_type`: the number of the file type, or of the type of most weights."""
+    if plan.file_type:
+        return FILE_TYPES[plan.file_type].number
     counted: Counter[int] = Counter()
     for layer in plan.layers():
         counted[block_type_for(layer.grid, layer.columns).file_type] += layer.rows * layer.columns

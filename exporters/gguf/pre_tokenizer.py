@@ -2,8 +2,10 @@
 
 llama.cpp knows byte-level BPE tokenizers by the name of their splitting rule. Its own converter recognises a name by a
 hash over token ids, which any other vocabulary breaks; here the rules of `pre_tokenizers.json` are run on probe texts
-and compared with what tokenizer.json does. A rule also says whether whole words are looked up before merging
-(`ignore_merges`), which must agree. Whether a BOS is added is always written to the file, so a rule's default is moot.
+and compared with what tokenizer.json does. Some rules of llama.cpp only come near the tokenizer that they are named
+after: those are recognised by its published expression, and the difference is told. A rule also says whether whole
+words are looked up before merging (`ignore_merges`), which must agree unless the vocabulary makes it moot. Whether a
+BOS is added is always written to the file, so a rule's default is moot.
 Refuses a tokenizer that fits no rule: a near miss tokenises some texts wrongly, and the user alone can accept that.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -36,23 +38,37 @@ PROBES = (
     "   leading",
     "trailing   ",
     "Istanbul'da I’m naïve café Ünïcödé ﬁ ① ﾃ",
+    "ÜBER ÉCOLE ΑΘΗΝΑ МОСКВА Größe éÉcole HTTPServer2Go iPhone",
+    "a    12   345  6 \t7  b     c",
 )
 
 
 @dataclass(frozen=True)
 class Rule:
     """One splitting rule of llama.cpp: `names[0]` is written, the others mean the same. `regexes` run one after the
-    other, each inside the pieces of the one before."""
+    other, each inside the pieces of the one before. `published` is what tokenizer.json of the family says where
+    llama.cpp only comes near it, `differs` in what."""
 
     names: tuple[str, ...]
     regexes: tuple[str, ...]
     ignore_merges: bool
+    published: tuple[str, ...] = ()
+    differs: str = ""
 
 
 @cache
 def rules() -> tuple[Rule, ...]:
     """The table, most common names first."""
-    return tuple(Rule(tuple(row["names"]), tuple(row["regexes"]), row["ignore_merges"]) for row in _table()["rules"])
+    return tuple(
+        Rule(
+            tuple(row["names"]),
+            tuple(row["regexes"]),
+            row["ignore_merges"],
+            tuple(row.get("published", ())),
+            row.get("differs", ""),
+        )
+        for row in _table()["rules"]
+    )
 
 
 @cache
@@ -102,15 +118,21 @@ def byte_level_pieces(tokenizer: Tokenizer, text: str) -> list[bytes]:
     return [bytes(alphabet[character] for character in piece) for piece, _ in pieces]
 
 
-def find_rule(tokenizer: Tokenizer, *, ignore_merges: bool) -> str:
-    """Name of the rule that cuts every probe as `tokenizer` does. Raises RefusedError naming the nearest rules."""
+def find_rule(tokenizer: Tokenizer, *, ignore_merges: bool, moot: Callable[[], bool]) -> Rule:
+    """The rule that cuts every probe as `tokenizer` does, else the one whose published expression does. `moot` tells
+    whether `ignore_merges` changes nothing for this vocabulary. Raises RefusedError naming the nearest rules."""
     wanted = [byte_level_pieces(tokenizer, probe) for probe in PROBES]
-    scores: dict[str, int] = {}
-    for rule in rules():
-        cuts = [[piece.encode() for piece in split(probe, rule.regexes)] for probe in PROBES]
-        scores[rule.names[0]] = sum(ours == theirs for ours, theirs in zip(cuts, wanted, strict=True))
-        if cuts == wanted and rule.ignore_merges == ignore_merges:
-            return rule.names[0]
+    fitting = [rule for rule in rules() if _cuts(rule.regexes) == wanted]
+    fitting += [rule for rule in rules() if rule.published and _cuts(rule.published) == wanted]
+    agreeing = [rule for rule in fitting if rule.ignore_merges == ignore_merges] or (
+        fitting if fitting and moot() else []
+    )
+    if agreeing:
+        return agreeing[0]
+    scores = {
+        rule.names[0]: sum(ours == theirs for ours, theirs in zip(_cuts(rule.regexes), wanted, strict=True))
+        for rule in rules()
+    }
     best = sorted(scores, key=lambda name: -scores[name])[:3]
     nearest = ", ".join(f"{name} ({scores[name]} of {len(PROBES)} probe texts)" for name in best)
     flag = " with ignore_merges" if ignore_merges else ""
@@ -119,6 +141,11 @@ def find_rule(tokenizer: Tokenizer, *, ignore_merges: bool) -> str:
         f"accept one with --set gguf.pre={best[0]}, or export to another format",
         "tokenizer.json",
     )
+
+
+@cache
+def _cuts(regexes: tuple[str, ...]) -> list[list[bytes]]:
+    return [[piece.encode() for piece in split(probe, regexes)] for probe in PROBES]
 
 
 def checked_name(name: str) -> str:

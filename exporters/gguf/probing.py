@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from exporters.gguf.simulation import Simulation, differing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Json = Mapping[str, Any]
+MOST_SPECIALS = 24
 
 
 def loaded(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def encoder(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
+    """Token ids of a text, without what is put around it."""
+
+    def encode(text: str) -> Sequence[int]:
+        ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode
 
 
 def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -34,8 +47,23 @@ def ids_by_text(data: Json) -> dict[str, int]:
 
 def stripping_notes(added: Sequence[Json]) -> list[str]:
     """A note when added tokens swallow neighbouring spaces or match whole words only, which llama.cpp does not do."""
-    flags = ("lstrip", "rstrip", "single_word")
-    special = [entry["content"] for entry in added if any(entry.get(flag) for flag in flags)]
+    special = [entry["content"] for entry in added if _strips(entry)]
     if not special:
         return []
     return [f"llama.cpp ignores that added tokens such as {special[0]!r} strip spaces or match whole words only"]
+
+
+def special_notes(simulation: Simulation, tokenizer: Tokenizer, added: Sequence[Json], why: str = "") -> list[str]:
+    """A note when llama.cpp reads added tokens inside a text otherwise (those of `stripping_notes` apart)."""
+    told = [entry["content"] for entry in added if not _strips(entry) and simulation.holds(entry["id"])]
+    told = [text for text in told if text.strip("▁")]  # runs of spaces are met as spaces
+    some = told[:: len(told) // MOST_SPECIALS + 1]
+    texts = [text for special in some for text in (f"a{special}b", f"a {special} b", f"{special}{special}\n")]
+    found = differing(simulation, encoder(tokenizer), texts)
+    if not found:
+        return []
+    return [f"special tokens inside a text, as in {next(iter(found))!r}, are read otherwise by llama.cpp{why}"]
+
+
+def _strips(entry: Json) -> bool:
+    return any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word"))

@@ -10,15 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.gguf.pre_tokenizer import PROBES
-from exporters.gguf.probing import Json, around, ids_by_text, loaded, stripping_notes
-from exporters.gguf.sentencepiece_model import merged_by_score, read_sentencepiece
+from exporters.gguf.probing import Json, around, encoder, ids_by_text, loaded, special_notes, stripping_notes
+from exporters.gguf.sentencepiece_model import read_sentencepiece
+from exporters.gguf.simulation import Simulation, differing
 from exporters.gguf.specials import chat_templates, read_specials
-from exporters.gguf.vocabulary import NORMAL, SPACE, UNKNOWN, UNUSED, CarriedTokenizer, Vocabulary, token_table
+from exporters.gguf.vocabulary import (
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    CarriedTokenizer,
+    Vocabulary,
+    token_table,
+)
 from signround.errors import refuse
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+SPACE_AFTER = ", which puts a space before what follows one"
 ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0  # as in llama.cpp's converter; these tokens are never merged into
 
 
@@ -39,8 +50,7 @@ def carry_sentencepiece(folder: Path, data: Json, config: Json, vocabulary: int)
     scores = _score_table(tokens, types, _ranked(folder, model), added)
     tokenizer = loaded(folder)
     prefix, prefix_notes = _space_prefix(tokenizer)
-    _compare_merging(tokenizer, vocab, dict(zip(tokens, scores, strict=True)))
-    return CarriedTokenizer(
+    carried = CarriedTokenizer(
         model="llama",
         pre="default",
         vocabulary=Vocabulary(tuple(tokens), tuple(types), scores=tuple(scores)),
@@ -50,6 +60,11 @@ def carry_sentencepiece(folder: Path, data: Json, config: Json, vocabulary: int)
         templates=chat_templates(folder),
         add_space_prefix=prefix,
         notes=tuple(notes + prefix_notes + stripping_notes(added)),
+    )
+    simulation = Simulation(carried)
+    _compare_merging(simulation, tokenizer, [text for text in PROBES if not (prefix_notes and text.startswith(" "))])
+    return carried.noting(
+        [*carried.specials.notes, *special_notes(simulation, tokenizer, added, SPACE_AFTER if prefix else "")]
     )
 
 
@@ -64,17 +79,22 @@ def carry_sentencepiece_model(folder: Path, settings: Json, config: Json, vocabu
     for index, piece in enumerate(model.pieces[:vocabulary]):
         if types[index] == NORMAL:
             types[index] = piece.type
+        if piece.type == USER_DEFINED:
+            tokens[index] = tokens[index].replace(SPACE, " ")
     scores = _score_table(tokens, types, {piece.text: piece.score for piece in model.pieces}, added)
     ids = vocab | {entry["content"]: entry["id"] for entry in added}
-    return CarriedTokenizer(
+    carried = CarriedTokenizer(
         model="llama",
         pre="default",
         vocabulary=Vocabulary(tuple(tokens), tuple(types), scores=tuple(scores)),
         specials=read_specials(folder, ids, config, vocabulary, around=None, unknown=unknown),
         templates=chat_templates(folder),
         add_space_prefix=model.add_space_prefix,
-        notes=tuple(notes + stripping_notes(added)),
+        notes=tuple(notes + list(model.notes) + stripping_notes(added)),
     )
+    spaced = model.add_space_prefix and USER_DEFINED in types
+    told = [f"user-defined pieces inside a text are read otherwise by llama.cpp{SPACE_AFTER}"] if spaced else []
+    return carried.noting([*carried.specials.notes, *told])
 
 
 def _ranked(folder: Path, model: Json) -> dict[str, float]:
@@ -133,17 +153,12 @@ def _space_prefix(tokenizer: Tokenizer) -> tuple[bool, list[str]]:
     return prefixed, notes
 
 
-def _compare_merging(tokenizer: Tokenizer, vocab: Mapping[str, int], scores: Mapping[str, float]) -> None:
+def _compare_merging(simulation: Simulation, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     """Raise RefusedError when merging by score gives other pieces than tokenizer.json on a probe text."""
-    for probe in PROBES:
-        wanted = tokenizer.encode(probe, add_special_tokens=False).ids
-        found: list[int] = []
-        for symbol in merged_by_score("".join(_prepared(tokenizer, probe)), scores):
-            codes = [f"<0x{byte:02X}>" for byte in symbol.encode()]
-            found += [vocab[symbol]] if symbol in vocab else [vocab[code] for code in codes]
-        if found != wanted:
-            raise refuse(
-                f"llama.cpp would tokenise {probe[:20]!r} otherwise: no order of scores reproduces the merges",
-                "export to another format",
-                "tokenizer.json",
-            )
+    found = differing(simulation, encoder(tokenizer), texts)
+    if found:
+        raise refuse(
+            f"llama.cpp would tokenise {next(iter(found))[:20]!r} otherwise: no order of scores reproduces the merges",
+            "export to another format",
+            "tokenizer.json",
+        )

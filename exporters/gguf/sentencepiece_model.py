@@ -1,13 +1,14 @@
-"""Read pieces, scores and types from a SentencePiece `tokenizer.model`, and merge as llama.cpp merges them.
+"""Read pieces, scores and types from a SentencePiece `tokenizer.model`.
 
 The file is a protocol buffer (sentencepiece_model.proto: ModelProto.pieces = 1 {piece 1, score 2, type 3},
-trainer_spec = 2 {model_type 3}, normalizer_spec = 3 {add_dummy_prefix 3}); these five fields are all that is read.
-Refuses models that are not BPE: llama.cpp's "llama" tokenizer merges by score, a unigram model needs a lattice.
+trainer_spec = 2 {model_type 3, treat_whitespace_as_suffix 24}, normalizer_spec = 3 {precompiled_charsmap 2,
+add_dummy_prefix 3, remove_extra_whitespaces 4}); these fields are all that is read.
+Refuses models that are not BPE (llama.cpp's "llama" tokenizer merges by score, a unigram model needs a lattice, and
+its "t5" tokenizer has no byte fallback), and those that put spaces at the end of words.
 """
 
 from __future__ import annotations
 
-import heapq
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,31 +30,42 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
+    """`notes`: what it does to a text before merging and llama.cpp does not."""
+
     pieces: tuple[Piece, ...]
     add_space_prefix: bool
+    notes: tuple[str, ...] = ()
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Raises RefusedError for a damaged file and for a model that is not BPE."""
+    """Raises RefusedError for a damaged file, for a model that is not BPE, and for spaces at the end of words."""
     try:
-        pieces: list[Piece] = []
-        model_type, prefix = 1, True
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                pieces.append(_piece(value))
-            elif number == 2:
-                model_type = next((_varint(entry) for field, entry in _fields(value) if field == 3), model_type)
-            elif number == 3:
-                prefix = next((bool(_varint(entry)) for field, entry in _fields(value) if field == 3), prefix)
+        top = list(_fields(path.read_bytes()))
+        pieces = tuple(_piece(value) for number, value in top if number == 1)
+        trainer = dict(entry for number, value in top if number == 2 for entry in _fields(value))
+        normalizer = dict(entry for number, value in top if number == 3 for entry in _fields(value))
+        model_type = _number(trainer, 3, 1)
+        suffix = bool(_number(trainer, 24, 0))
+        prefix, squeezed = (bool(_number(normalizer, field, 1)) for field in (3, 4))
     except (IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
         raise refuse("it is not a SentencePiece model", "download the file again", str(path)) from error
-    if model_type != BPE or not pieces:
+    if model_type != BPE or suffix or not pieces:
+        found = "puts spaces at the end of words" if suffix else f"has type {model_type}"
         raise refuse(
-            f"the SentencePiece model has type {model_type}, llama.cpp carries only type {BPE} (BPE)",
+            f"the SentencePiece model {found}, llama.cpp carries only type {BPE} (BPE) with spaces in front",
             "export to another format",
             path.name,
         )
-    return SentencePieceModel(tuple(pieces), prefix)
+    notes = []
+    if normalizer.get(2):
+        notes.append("llama.cpp does not apply the Unicode normalisation that tokenizer.model holds")
+    if squeezed:
+        notes.append("llama.cpp keeps repeated spaces, which tokenizer.model says to remove")
+    return SentencePieceModel(pieces, prefix, tuple(notes))
+
+
+def _number(fields: Mapping[int, bytes], field: int, default: int) -> int:
+    return _read_varint(fields[field], 0)[0] if field in fields else default
 
 
 def _piece(raw: bytes) -> Piece:
@@ -64,7 +76,7 @@ def _piece(raw: bytes) -> Piece:
         elif number == 2:
             score = struct.unpack("<f", value)[0]
         elif number == 3:
-            kind = _varint(value)
+            kind = _read_varint(value, 0)[0]
     return Piece(text, score, kind)
 
 
@@ -98,37 +110,3 @@ def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
         position, shift = position + 1, shift + 7
         if byte < 128:
             return value, position
-
-
-def _varint(raw: bytes) -> int:
-    return _read_varint(raw, 0)[0]
-
-
-def merged_by_score(text: str, scores: Mapping[str, float]) -> list[str]:
-    """llama.cpp's `llm_tokenizer_spm_session`: join the neighbours whose union is the piece of best score, leftmost
-    first, until no union is a piece."""
-    symbols: list[str] = list(text)
-    following = [*range(1, len(symbols)), -1]
-    previous = [*range(-1, len(symbols) - 1)]
-    queue: list[tuple[float, int, str]] = []
-
-    def offer(left: int) -> None:
-        if left >= 0 and following[left] >= 0:
-            union = symbols[left] + symbols[following[left]]
-            if union in scores:
-                heapq.heappush(queue, (-scores[union], left, union))
-
-    for index in range(len(symbols) - 1):
-        offer(index)
-    while queue:
-        _, left, union = heapq.heappop(queue)
-        right = following[left]
-        if not symbols[left] or right < 0 or symbols[left] + symbols[right] != union:
-            continue
-        symbols[left], symbols[right] = union, ""
-        following[left] = following[right]
-        if following[right] >= 0:
-            previous[following[right]] = left
-        offer(previous[left])
-        offer(left)
-    return [symbol for symbol in symbols if symbol]

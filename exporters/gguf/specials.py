@@ -1,4 +1,8 @@
-"""Special token ids, whether BOS and EOS are added, and chat templates: read from what a Hugging Face folder says."""
+"""Special token ids, whether BOS and EOS are added, and chat templates: read from what a Hugging Face folder says.
+
+llama.cpp ends an answer at EOS, at its EOT and EOM, and at every token whose text it knows as an end (ENDS); the other
+tokens at which generation_config.json ends are written as EOT and EOM. Fill-in-the-middle tokens it finds by text.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from signround.checkpoint import additional_templates
 from signround.errors import refuse
+
+# What llama_vocab::impl::load recognises by text (llama.cpp, src/llama-vocab.cpp).
+EOT = frozenset(
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>")
+    + ("[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>")
+)
+EOM = frozenset(["<|eom_id|>"])
+_OTHER_ENDS = ("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "[EOS]", "<eos>", "<turn|>", "[e~[")
+ENDS = EOT | EOM | frozenset(_OTHER_ENDS) | {"<|tool_response>"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +35,9 @@ class Specials:
     pad: int | None
     add_bos: bool
     add_eos: bool
+    eot: int | None = None
+    eom: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,6 +90,7 @@ def read_specials(
             "set eos_token in tokenizer_config.json",
             "tokenizer_config.json",
         )
+    eot, eom, notes = _further_ends(folder, ids, config, vocabulary, eos)
     return Specials(
         bos=eos if bos is None else bos,  # never added; unwritten, llama.cpp would take token 11
         eos=eos,
@@ -80,7 +98,27 @@ def read_specials(
         pad=pad,
         add_bos=_flag(settings, "add_bos_token", bool(before)) and bos is not None,
         add_eos=_flag(settings, "add_eos_token", bool(after)),
+        eot=eot,
+        eom=eom,
+        notes=notes,
     )
+
+
+def _further_ends(
+    folder: Path, ids: Mapping[str, int], config: Mapping[str, Any], vocabulary: int, eos: int
+) -> tuple[int | None, int | None, tuple[str, ...]]:
+    """EOT and EOM for the ends of generation_config.json and config.json that llama.cpp would not see, and a note on
+    those that find no room."""
+    texts = {index: text for text, index in ids.items()}
+    listed = [source.get("eos_token_id") for source in (read_json(folder / "generation_config.json"), config)]
+    ends = [end for entry in listed for end in (entry if isinstance(entry, list) else [entry]) if isinstance(end, int)]
+    unseen = [end for end in dict.fromkeys(ends) if 0 <= end < vocabulary and end != eos and texts.get(end) not in ENDS]
+    found: dict[str, int] = {}
+    for name, known in (("eot", EOT), ("eom", EOM)):
+        if unseen and not known & ids.keys():
+            found[name] = unseen.pop(0)
+    notes = [f"llama.cpp does not end an answer at token {end} ({texts.get(end)!r})" for end in unseen]
+    return found.get("eot"), found.get("eom"), tuple(notes)
 
 
 def _flag(settings: Mapping[str, Any], name: str, default: bool) -> bool:
@@ -103,13 +141,15 @@ def _special_id(
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """Name -> template, "default" first: chat_template.jinja, else `chat_template` of tokenizer_config.json."""
+    """Name -> template, "default" first: chat_template.jinja and additional_chat_templates/NAME.jinja, else
+    `chat_template` of tokenizer_config.json."""
     file = folder / "chat_template.jinja"
+    named = {path.stem: path.read_text(encoding="utf-8") for path in additional_templates(folder)}
     if file.is_file():
-        return {"default": file.read_text(encoding="utf-8")}
+        return {"default": file.read_text(encoding="utf-8"), **named}
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, str):
-        return {"default": template}
+        return {"default": template, **named}
     if isinstance(template, list):
-        return {str(entry["name"]): str(entry["template"]) for entry in template}
-    return {}
+        return {str(entry["name"]): str(entry["template"]) for entry in template} | named
+    return named

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exporters.gguf.container import KeyValue
@@ -43,6 +43,10 @@ class CarriedTokenizer:
     add_space_prefix: bool | None = None
     notes: tuple[str, ...] = ()
 
+    def noting(self, notes: Sequence[str]) -> CarriedTokenizer:
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
     def entries(self) -> list[KeyValue]:
         """The `tokenizer.*` key-values, in a fixed order."""
         prefix = "tokenizer.ggml."
@@ -58,6 +62,7 @@ class CarriedTokenizer:
             found.append(KeyValue(f"{prefix}merges", "string", list(self.vocabulary.merges)))
         specials = self.specials
         ids = {"bos": specials.bos, "eos": specials.eos, "unknown": specials.unk, "padding": specials.pad}
+        ids |= {"eot": specials.eot, "eom": specials.eom}
         named = [(name, index) for name, index in ids.items() if index is not None]
         found += [KeyValue(f"{prefix}{name}_token_id", "u32", index) for name, index in named]
         found.append(KeyValue(f"{prefix}add_bos_token", "bool", specials.add_bos))

@@ -24,13 +24,20 @@ ONNX_BLOCKS = (16, 32, 64, 128, 256)
 
 def holds(grid: Grid) -> bool:
     """Whether GPTQ can store the grid: one fp16 scale and one integer zero point a group."""
-    return grid.super_block is None and grid.zero in ("centre", "point") and grid.bits in BITS
+    return grid.plain and grid.zero in ("centre", "point") and grid.bits in BITS
 
 
 def refusals(plan: ModelPlan, checkpoint_format: str) -> list[Refusal]:
     """Every reason at once; layers with the same reason are one refusal."""
+    family = plan.architecture.family
+    if family.experts:
+        problem = f"experts of {family.hf_class} are not written: GPTQ loaders disagree about how they are stored"
+        return [Refusal(problem, "export this model to gguf instead", SUBJECT)]
     layers = list(plan.layers())
     found = []
+    if plan.outer_layers:
+        problem = f"{plan.outer_layers[0].name} is quantised, which GPTQ loaders do not read"
+        found.append(Refusal(problem, "choose a scheme that is one grid, such as w4g32, or export to gguf", SUBJECT))
     for wrong, problem, next_step in _RULES:
         names = [layer.name for layer in layers if wrong(layer)]
         if names:

@@ -68,6 +68,10 @@ class GptqExporter:
     def zero_floor(self) -> int:
         return 1 if self.checkpoint_format == V1 else 0
 
+    @property
+    def file_types(self) -> bool:
+        return False
+
     def holds(self, grid: Grid, columns: int) -> bool:
         """See `Exporter.holds`."""
         return checks.holds(grid) and not grid.ragged(columns)

@@ -69,6 +69,10 @@ class OnnxExporter:
     def zero_floor(self) -> int:
         return 0
 
+    @property
+    def file_types(self) -> bool:
+        return False
+
     def holds(self, grid: Grid, columns: int) -> bool:
         """See `Exporter.holds`; ragged rows are padded."""
         return grid_refusal(grid) is None
@@ -88,8 +92,11 @@ class OnnxExporter:
         family = plan.architecture.family
         if family.model_type not in FAMILIES:
             problem = f"the decoder graph of {family.hf_class} is not written yet; {', '.join(FAMILIES)} models are"
-            return [*found, Refusal(problem, "export this model to gguf or gptq instead", "onnx")]
+            others = "gguf" if family.experts else "gguf or gptq"
+            return [*found, Refusal(problem, f"export this model to {others} instead", "onnx")]
         found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
+        if plan.outer_layers:
+            return [*found, _outer_refusal(plan)]
         head = contrib.refusal_of(plan.architecture)
         return [*found, head] if head else found
 
@@ -219,6 +226,11 @@ class _NoTensors:
 
     def tensor(self, name: str) -> Tensor:
         raise LookupError(name)
+
+
+def _outer_refusal(plan: ModelPlan) -> Refusal:
+    problem = f"{plan.outer_layers[0].name} is quantised, which this format cannot hold yet"
+    return Refusal(problem, "choose a scheme that is one grid, such as w4g32, or export to gguf", "onnx")
 
 
 def _grids(plan: ModelPlan) -> list[Grid]:

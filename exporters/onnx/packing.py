@@ -77,8 +77,10 @@ class Packed:
 
 def refusal_of(grid: Grid) -> Refusal | None:
     """Why MatMulNBits cannot hold this grid, or None."""
-    if grid.zero == "minimum" or grid.super_block is not None or grid.bits not in CONTAINER:
-        kind = "two-level scales" if grid.super_block else f"{grid.bits} bits, zero as {grid.zero}"
+    if grid.zero == "minimum" or not grid.plain or grid.bits not in CONTAINER:
+        kind = f"{grid.bits} bits, zero as {grid.zero}"
+        if not grid.plain:
+            kind = "two-level scales" if grid.super_block else "uneven levels"
         return Refusal(
             f"MatMulNBits cannot hold this grid ({kind}); it holds 2, 3, 4 or 8 bits with one scale a group, symmetric "
             "or with an integer zero point",

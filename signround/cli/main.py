@@ -27,7 +27,9 @@ INTERRUPTED = 130  # what newer versions of typer make of Ctrl-C
 _UsageError: Any = typer.BadParameter.__base__
 
 Model = Annotated[Path, typer.Argument(help="A Hugging Face folder: config.json, *.safetensors, tokenizer.")]
-Scheme = Annotated[str, typer.Option(help="The grid, for example w4g32 or w2g64-asym; see `signround schemes`.")]
+Scheme = Annotated[
+    str, typer.Option(help="A grid (w4g32, w2g64-asym) or a file type of llama.cpp (q4_k_m); see `signround schemes`.")
+]
 To = Annotated[list[str] | None, typer.Option("--to", help="A format to write: gguf, onnx or gptq; repeat for more.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
 Setting = Annotated[
@@ -42,6 +44,15 @@ Iters = Annotated[int | None, typer.Option(help="Tuning steps a block.")]
 BatchSize = Annotated[int | None, typer.Option(help="Windows a step.")]
 Seed = Annotated[int, typer.Option(help="Decides samples and steps; the same seed gives the same bytes.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type", help="PATTERN=TYPE over a file type's mix, for example ffn_down=q6_k; repeat for more."
+    ),
+]
+Imatrix = Annotated[
+    Path | None, typer.Option(help="A llama.cpp importance matrix, in place of the one that calibration measures.")
+]
 Text = Annotated[Path | None, typer.Option(help="A text to evaluate on.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, and nothing else there.")]
 
@@ -61,6 +72,8 @@ def quantize(
     batch_size: BatchSize = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    tensor_type: TensorType = None,
+    imatrix: Imatrix = None,
     text: Text = None,
     setting: Setting = None,
     as_json: Json = False,
@@ -73,8 +86,8 @@ def quantize(
     with ProgressDisplay() as progress:
         result = pipeline.quantize(
             model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
-            seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device, text=text,
-            options=_options(setting), on_event=progress,
+            seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device,
+            tensor_types=tensor_type or (), imatrix=imatrix, text=text, options=_options(setting), on_event=progress,
         )  # fmt: skip
     if as_json:
         print_json(result)
@@ -101,6 +114,8 @@ def plan(
     batch_size: BatchSize = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    tensor_type: TensorType = None,
+    imatrix: Imatrix = None,
     setting: Setting = None,
     as_json: Json = False,
 ) -> None:
@@ -111,7 +126,8 @@ def plan(
 
     job = pipeline.prepare(
         model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
-        seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device, options=_options(setting),
+        seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device,
+        tensor_types=tensor_type or (), imatrix=imatrix, options=_options(setting),
     )  # fmt: skip
     description = describe(job)
     if as_json:

@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from signround.events import BlockTuned, Event, Notice, StageAdvanced, StageStarted
+from signround.experts import unit_of
 
+MOST_NAMES = 8  # more untuned layers than this are counted, not named
 TITLES = {
     "calibrate": "calibration text",
     "tune": "tuning",
@@ -70,8 +72,12 @@ def _block_line(event: BlockTuned) -> str:
     where = f"  block {event.index + 1}/{event.total}"
     if event.resumed:
         return f"{where}  kept from an earlier run"
-    untuned = sorted(name.removesuffix(".weight") for name, choice in event.kept.items() if choice != "tuned")
-    fallen = f", not tuned: {', '.join(untuned)}" if untuned and len(untuned) < len(event.kept) else ""
+    units = {unit_of(name).removesuffix(".weight") for name in event.kept}
+    untuned = sorted(
+        {unit_of(name).removesuffix(".weight") for name, choice in event.kept.items() if choice != "tuned"}
+    )
+    named = ", ".join(untuned) if len(untuned) <= MOST_NAMES else f"{len(untuned)} of {len(units)}"
+    fallen = f", not tuned: {named}" if untuned and len(untuned) < len(units) else ""
     if event.loss_rounded == 0:
         return f"{where}  rounded in {event.seconds:.1f} s"
     ratio = event.loss_tuned / event.loss_rounded

@@ -11,19 +11,26 @@ from torch import Tensor
 
 from signround.grid import Grid, grouped, ungrouped
 from signround.qtensor import QuantizedTensor
+from signround.tuning.start import Start
 
 
 class TunedLayer:
-    """`weight` float32 [rows, columns] on the tuning device; `low`, `high` [rows, groups] where tuning starts."""
+    """`weight` float32 [rows, columns] on the tuning device; `start` the ranges where tuning starts."""
 
-    def __init__(self, grid: Grid, weight: Tensor, low: Tensor, high: Tensor) -> None:
+    def __init__(self, grid: Grid, weight: Tensor, start: Start) -> None:
         self.grid = grid
         self.columns = weight.shape[1]
         self.blocks = grouped(weight, grid.group_of(self.columns))  # [rows, groups, group]
-        self.low, self.high = low, high
+        self.start = start
         self.offset = torch.zeros_like(self.blocks, requires_grad=True)  # V
-        self.shrink_high = torch.ones_like(high, requires_grad=True)  # alpha
-        self.shrink_low = torch.ones_like(low, requires_grad=True)  # beta
+        self.shrink_high = torch.ones_like(start.high, requires_grad=True)  # alpha
+        self.shrink_low = torch.ones_like(start.low, requires_grad=True)  # beta
+
+    def ranges(self) -> tuple[Tensor, ...]:
+        """alpha and beta, where moving them helps. The steps of two of an exponent are not walked by small steps, and
+        two-level scales are best left where the search put them (docs/decisions.md has the measurement)."""
+        frozen = self.grid.power_of_two or self.grid.super_block is not None
+        return () if frozen else (self.shrink_high, self.shrink_low)
 
     def fake_quantized(self) -> Tensor:
         """Decoded weight [rows, columns] with straight-through gradients to V, alpha and beta."""
@@ -39,4 +46,6 @@ class TunedLayer:
             )
 
     def _fields(self) -> dict[str, Tensor]:
-        return self.grid.snap(*self.grid.fit(self.low * self.shrink_low, self.high * self.shrink_high))
+        start = self.start
+        fitted = self.grid.fit(start.low * self.shrink_low, start.high * self.shrink_high)
+        return self.grid.snap(*fitted, start.shared)

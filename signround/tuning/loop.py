@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from signround.blocks import DecoderBlocks
+from signround.experts import unit_of
 from signround.qtensor import QuantizedTensor
 from signround.recipes import TuningSettings
 from signround.tuning.layer import TunedLayer
@@ -19,6 +21,32 @@ from signround.tuning.rtn import rounded
 from signround.tuning.signround import SignDescent
 
 CHECKS = 10  # times that the held-out subset is looked at
+
+
+class Problem(Protocol):
+    """Something to fit: layers by name, and how far their outputs are off."""
+
+    @property
+    def index(self) -> int:
+        """Decides, with the seed, the order of samples."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are tuned."""
+        ...
+
+    def original(self, name: str) -> Tensor:
+        """The float32 weight of a layer."""
+        ...
+
+    def loss(self, weights: dict[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
+        """Loss with these weights on the samples `picks` (int64, on the CPU); `fast` for steps, not for judging."""
+        ...
+
+    def held_out_loss(self, weights: dict[str, Tensor], batch: int) -> Tensor:
+        """Loss on the samples that are not trained on, `batch` at a time, without gradients."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +60,15 @@ class BlockProblem:
     targets: Tensor
     held_out: int
 
-    def loss(self, weights: Mapping[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    def original(self, name: str) -> Tensor:
+        """See `Problem`."""
+        return self.blocks.parameter(self.block, name)
+
+    def loss(self, weights: dict[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
         """Mean squared error of the block's output on the samples `picks` (int64, on the CPU)."""
         device = self.blocks.device
         where = picks.to(self.inputs.device)
@@ -41,7 +77,7 @@ class BlockProblem:
         outputs = self.blocks.run(self.block, inputs, self.index, weights, fast=fast)
         return nn.functional.mse_loss(outputs, targets)
 
-    def held_out_loss(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
+    def held_out_loss(self, weights: dict[str, Tensor], batch: int) -> Tensor:
         """The same on the held-out samples, in batches, without gradients."""
         samples = torch.arange(len(self.inputs) - self.held_out, len(self.inputs))
         with torch.no_grad():
@@ -61,7 +97,7 @@ class BlockOutcome:
 
 
 def tune_block(
-    problem: BlockProblem,
+    problem: Problem,
     layers: Mapping[str, TunedLayer],
     settings: TuningSettings,
     descent: SignDescent,
@@ -88,7 +124,10 @@ def tune_block(
         if step == settings.iters:
             break
         weights = {name: layer.fake_quantized() for name, layer in layers.items()}
-        gradients = torch.autograd.grad(problem.loss(weights, picks[step], fast=True), parameters)
+        # An expert that no token of this batch is routed to has no part in the loss: its gradient is zero, it stays.
+        gradients = torch.autograd.grad(
+            problem.loss(weights, picks[step], fast=True), parameters, allow_unused=True, materialize_grads=True
+        )
         descent.step(tuned, gradients, settings.learning_rate * (1 - step / settings.iters))
     with torch.no_grad():
         for parameter, kept in zip(parameters, best, strict=True):
@@ -97,14 +136,14 @@ def tune_block(
         name: {
             "tuned": layer.frozen(),
             "start": start[name],
-            "rounded": rounded(layer.grid, problem.block.get_parameter(name)),
+            "rounded": rounded(layer.grid, problem.original(name)),
         }
         for name, layer in layers.items()
     }
     return _best_of(problem, candidates, settings)
 
 
-def _held_out(problem: BlockProblem, layers: Mapping[str, TunedLayer], settings: TuningSettings) -> Tensor:
+def _held_out(problem: Problem, layers: Mapping[str, TunedLayer], settings: TuningSettings) -> Tensor:
     with torch.no_grad():
         weights = {name: layer.fake_quantized() for name, layer in layers.items()}
     return problem.held_out_loss(weights, settings.batch_size)
@@ -120,27 +159,32 @@ def _batches(settings: TuningSettings, block: int) -> Tensor:
 
 
 def _best_of(
-    problem: BlockProblem, candidates: Mapping[str, Mapping[str, QuantizedTensor]], settings: TuningSettings
+    problem: Problem, candidates: Mapping[str, Mapping[str, QuantizedTensor]], settings: TuningSettings
 ) -> BlockOutcome:
-    """Start from all tuned; replace a layer wherever another candidate lowers the held-out loss of the block."""
-    device = problem.blocks.device
+    """Start from all tuned; replace a layer (or the three of an expert at once: each trial costs a pass) wherever
+    another candidate lowers the held-out loss of the block."""
+    device = problem.device
 
-    def loss_of(weights: Mapping[str, Tensor]) -> float:
+    def loss_of(weights: dict[str, Tensor]) -> float:
         return problem.held_out_loss(weights, settings.batch_size).item()
 
     def decoded(choice: str) -> dict[str, Tensor]:
         return {name: options[choice].decode().to(device) for name, options in candidates.items()}
 
+    units: dict[str, list[str]] = {}
+    for name in candidates:
+        units.setdefault(unit_of(name), []).append(name)
     loss_rounded = loss_of(decoded("rounded"))
     chosen = dict.fromkeys(candidates, "tuned")
     weights = decoded("tuned")
     lowest = loss_of(weights)
-    for name, options in candidates.items():
+    for names in units.values():
         for choice in ("start", "rounded"):
-            trial = weights | {name: options[choice].decode().to(device)}
+            trial = weights | {name: candidates[name][choice].decode().to(device) for name in names}
             loss = loss_of(trial)
             if loss < lowest:
-                lowest, weights, chosen[name] = loss, trial, choice
+                lowest, weights = loss, trial
+                chosen |= dict.fromkeys(names, choice)
     tensors = {name: options[chosen[name]] for name, options in candidates.items()}
     if loss_rounded < lowest:  # greedy replacement may miss that plain rounding of everything is best
         return BlockOutcome(

@@ -38,7 +38,7 @@ class SignDescent:
         """The tensors that learn, in a fixed order."""
         parameters = [layer.offset for layer in layers]
         if self.tunes_ranges:
-            parameters += [tensor for layer in layers for tensor in (layer.shrink_high, layer.shrink_low)]
+            parameters += [tensor for layer in layers for tensor in layer.ranges()]
         return parameters
 
     def step(self, layers: Sequence[TunedLayer], gradients: Sequence[Tensor], rate: float) -> None:

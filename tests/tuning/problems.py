@@ -15,7 +15,7 @@ from signround.grid import Grid
 from signround.recipes import TuningSettings, settings_for
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockProblem
-from signround.tuning.rtn import plain_range
+from signround.tuning.start import plain_start
 
 LINEAR = "mlp.down_proj.weight"
 
@@ -42,7 +42,7 @@ def layers_of(problem: BlockProblem, grid: Grid) -> dict[str, TunedLayer]:
     prefix = f"model.layers.{problem.index}."
     names = [name.removeprefix(prefix) for name in problem.blocks.architecture.block_linears(problem.index)]
     weights = {name: problem.block.get_parameter(name) for name in names}
-    return {name: TunedLayer(grid, weight, *plain_range(grid, weight)) for name, weight in weights.items()}
+    return {name: TunedLayer(grid, weight, plain_start(grid, weight)) for name, weight in weights.items()}
 
 
 def decoded(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:

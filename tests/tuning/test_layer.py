@@ -8,7 +8,8 @@ import torch
 from signround.formats import grid_for, scheme_names
 from signround.grid import Grid, SuperBlock
 from signround.tuning.layer import TunedLayer
-from signround.tuning.rtn import plain_range, rounded
+from signround.tuning.rtn import rounded
+from signround.tuning.start import plain_start
 
 GRIDS = {name: grid_for(name, zero_floor) for name in scheme_names() for zero_floor in (0,)} | {
     "w4g128-asym, zero point >= 1": grid_for("w4g128-asym", 1),
@@ -24,7 +25,7 @@ def layer_of(grid: Grid, columns: int = 512) -> TunedLayer:
     weight[1, :256] = 0
     weight[2] = weight[2].abs()
     weight[3, :256] *= 1e-7
-    layer = TunedLayer(grid, weight, *plain_range(grid, weight))
+    layer = TunedLayer(grid, weight, plain_start(grid, weight))
     with torch.no_grad():
         layer.offset.uniform_(-0.6, 0.6, generator=generator)
         layer.shrink_high.uniform_(0.3, 1.5, generator=generator)
@@ -49,7 +50,7 @@ def test_ragged_rows_too(scheme: str) -> None:
 @pytest.mark.parametrize("name", GRIDS)
 def test_gradients_are_finite_and_reach_everything(name: str) -> None:
     layer = layer_of(GRIDS[name])
-    parameters = [layer.offset, layer.shrink_high, layer.shrink_low]
+    parameters = [layer.offset, *layer.ranges()]
     gradients = torch.autograd.grad(layer.fake_quantized().square().sum(), parameters)
     for gradient in gradients:
         assert bool(torch.isfinite(gradient).all())
@@ -60,6 +61,6 @@ def test_gradients_are_finite_and_reach_everything(name: str) -> None:
 def test_a_fresh_layer_is_plain_rounding(name: str) -> None:
     weight = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
     grid = GRIDS[name]
-    frozen, plain = TunedLayer(grid, weight, *plain_range(grid, weight)).frozen(), rounded(grid, weight)
+    frozen, plain = TunedLayer(grid, weight, plain_start(grid, weight)).frozen(), rounded(grid, weight)
     assert torch.equal(frozen.codes, plain.codes)
     assert all(torch.equal(frozen.fields[field], plain.fields[field]) for field in plain.fields)

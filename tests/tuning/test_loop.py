@@ -16,8 +16,9 @@ from signround.formats import grid_for
 from signround.tuning import loop
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
-from signround.tuning.rtn import plain_range, rounded
+from signround.tuning.rtn import rounded
 from signround.tuning.signround import descent_for
+from signround.tuning.start import Start, plain_start
 from tests.tuning.problems import LINEAR, decoded, layers_of, problem_of, settings
 
 
@@ -72,7 +73,8 @@ def test_a_layer_that_tuning_harms_falls_back_and_is_recorded(llama_folder: Path
     chosen = settings(iters=1, learning_rate=0.0)
     problem = problem_of(llama_folder, chosen)
     layers = layers_of(problem, grid_for("w4g32"))
-    layers[LINEAR].low, layers[LINEAR].high = layers[LINEAR].low * 10, layers[LINEAR].high * 10
+    wide = layers[LINEAR].start
+    layers[LINEAR].start = Start(wide.low * 10, wide.high * 10)
     outcome = tune_block(problem, layers, chosen, descent_for("signround", "range"), quiet)
     expected = rounded(layers[LINEAR].grid, problem.block.get_parameter(LINEAR))
     assert outcome.kept[LINEAR] == "rounded"
@@ -106,11 +108,16 @@ def test_the_end_is_never_above_rounding(llama_folder: Path, scheme: str, steps:
     layers = layers_of(problem, grid_for(scheme))
     generator = torch.Generator().manual_seed(steps)
     for layer in layers.values():
-        layer.low = layer.low * (0.2 + 1.6 * torch.rand(layer.low.shape, generator=generator))
-        layer.high = layer.high * (0.2 + 1.6 * torch.rand(layer.high.shape, generator=generator))
+        low = layer.start.low * (0.2 + 1.6 * torch.rand(layer.start.low.shape, generator=generator))
+        high = layer.start.high * (0.2 + 1.6 * torch.rand(layer.start.high.shape, generator=generator))
+        layer.start = Start(low, high)
     outcome = tune_block(problem, layers, chosen, descent_for("signround", "range"), quiet)
     assert outcome.loss_tuned <= outcome.loss_rounded
     assert float64_loss(problem, decoded(outcome.tensors)) <= outcome.loss_rounded * (1 + 1e-5)
+
+
+def doubled(start: Start) -> Start:
+    return Start(2 * start.low, 2 * start.high)
 
 
 def test_plain_rounding_of_everything_is_a_candidate(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +127,7 @@ def test_plain_rounding_of_everything_is_a_candidate(llama_folder: Path, monkeyp
     names = list(layers_of(problem, grid))
     plain = {name: rounded(grid, problem.block.get_parameter(name)) for name in names}
     wide = {
-        name: TunedLayer(grid, layer.weight, *(2 * end for end in plain_range(grid, layer.weight))).frozen()
+        name: TunedLayer(grid, layer.weight, doubled(plain_start(grid, layer.weight))).frozen()
         for name, layer in ((name, problem.block.get_submodule(name.removesuffix(".weight"))) for name in names)
     }
     candidates = {name: {"tuned": wide[name], "start": wide[name], "rounded": plain[name]} for name in names}

@@ -9,14 +9,14 @@ from torch import Tensor
 from signround.formats import grid_for
 from signround.recipes import settings_for
 from signround.tuning.layer import TunedLayer
-from signround.tuning.rtn import plain_range
 from signround.tuning.signround import SignDescent, descent_for
+from signround.tuning.start import plain_start
 
 
 def layer() -> TunedLayer:
     weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     grid = grid_for("w4g32")
-    return TunedLayer(grid, weight, *plain_range(grid, weight))
+    return TunedLayer(grid, weight, plain_start(grid, weight))
 
 
 def gradients(descent: SignDescent, layers: list[TunedLayer]) -> list[Tensor]:

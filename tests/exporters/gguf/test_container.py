@@ -60,3 +60,14 @@ def test_cut_files_are_named(keep: int, tmp_path: Path) -> None:
     path.write_bytes(raw[:keep] if keep < 300 else raw[:-40])
     with pytest.raises(ValueError, match=r"cut short|start with GGUF"):
         GgufFile(path, TYPES)
+
+
+@pytest.mark.parametrize("position", [16, 24, 57])
+def test_a_damaged_length_does_not_ask_for_memory(position: int, tmp_path: Path) -> None:
+    """Byte 16 counts the key-values, 24 is the length of the first key, 57 that of its value."""
+    path = written(tmp_path / "x.gguf")
+    raw = bytearray(path.read_bytes())
+    raw[position : position + 8] = b"\xff" * 7 + b"\x0f"
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"cut short|can't decode|unknown type"):
+        GgufFile(path, TYPES)

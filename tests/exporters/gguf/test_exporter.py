@@ -13,6 +13,7 @@ from exporters.gguf.container import GgufFile
 from exporters.gguf.exporter import GgufExporter
 from exporters.gguf.hyperparameters import rope_factors
 from exporters.gguf.layout import TYPE_BYTES
+from exporters.gguf.packing import BLOCK_TYPES, BlockType
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import FailedError, RefusedError
@@ -88,6 +89,30 @@ def test_what_goes_in_comes_out(case: tuple[str, str, str], tmp_path: Path) -> N
     assert set(decoded) == set(artifact.layers) | set(artifact.kept)
     for name, weight in decoded.items():
         assert torch.equal(weight, artifact.weight(name) + exported.added.get(name, 0.0)), name
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
+def test_every_block_type_goes_in_and_comes_out(kind: BlockType, tmp_path: Path) -> None:
+    """Rows of 256 and 512, q and k rows permuted, on a model of one block."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 320}
+    model = write_small_model(tmp_path / "model", "llama", layers=1, **sizes)
+    artifact, exporter = write_rounded_artifact(model, tmp_path / "artifact", kind.name.lower()), GgufExporter()
+    assert exporter.refusals(artifact.plan) == []
+    assert exporter.notes(artifact.plan) == []
+    exported = exporter.export(artifact, tmp_path / "out", silent)
+    assert exported.target.stat().st_size == exporter.estimated_bytes(artifact.plan)
+    file = GgufFile(exported.target, TYPE_BYTES)
+    assert file.values["general.file_type"] == kind.file_type
+    assert {file.tensors[f"blk.0.{name}.weight"].type for name in ("attn_q", "attn_v", "ffn_down")} == {kind.code}
+    for name, tensor in exporter.read_back(exported):
+        assert torch.equal(tensor.decode(), artifact.weight(name)), name
+    if kind.name == "Q2_0":
+        with pytest.raises(RefusedError, match="gguf-py does not know Q2_0; update the gguf package"):
+            list(exporter.decode_independently(exported))
+        return
+    decoded = dict(exporter.decode_independently(exported))
+    assert set(decoded) == set(artifact.layers) | set(artifact.kept)
+    assert all(torch.equal(weight, artifact.weight(name)) for name, weight in decoded.items())
 
 
 def test_two_exports_are_the_same_bytes(tmp_path: Path) -> None:
@@ -218,6 +243,8 @@ def test_notes_tell_growth_and_sliding_windows(tmp_path: Path) -> None:
     assert any("takes 4.50 bits a weight there instead of 4.12" in note for note in notes)
     assert any("ignores the sliding window of MistralForCausalLM" in note for note in notes)
     assert GgufExporter().notes(planned(tmp_path / "two", "w4g32")) == []
+    (note,) = GgufExporter().notes(planned(tmp_path / "three", "w2g128"))
+    assert "Q2_0 keeps a scale every 64 weights, so w2g128 takes 2.25 bits a weight there instead of 2.12" in note
 
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_symmetric_schemes_are_taken(model: Path, scheme: str) -> None:
     assert GptqExporter("gptq_v2").refusals(plan_for(model, scheme)) == []
 
 
-@pytest.mark.parametrize("scheme", ["q4_1", "q5_0", "q5_1"])
+@pytest.mark.parametrize("scheme", ["q4_1", "q5_0", "q5_1", "iq4_nl", "mxfp4"])
 def test_other_grids_are_refused_once_for_all_layers(model: Path, scheme: str) -> None:
     refusals = GptqExporter().refusals(plan_for(model, scheme))
     assert len(refusals) == 1

@@ -17,7 +17,7 @@ from signround.errors import FailedError, RefusedError
 from signround.events import Event, StageAdvanced, silent
 from signround.exporting import ExportedModel
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import FAMILIES, write_small_model
+from tests.small_models import DENSE, write_small_model
 
 # float32 sources: scales of bfloat16 weights have three bits to spare, which would hide a loss of precision.
 CASES = [
@@ -153,7 +153,7 @@ def test_two_exports_are_byte_identical(artifact: QuantizedCheckpoint, tmp_path:
         assert one.read_bytes() == other.read_bytes(), one.name
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(DENSE))
 def test_estimate_is_within_two_per_cent(tmp_path: Path, family: str) -> None:
     artifact = make(tmp_path, family, "w4g32")
     exported = GptqExporter().export(artifact, tmp_path / "gptq", silent)

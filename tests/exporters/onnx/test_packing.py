@@ -27,7 +27,7 @@ from signround.formats import grid_for, scheme_names
 from signround.grid import Grid, SuperBlock
 from signround.qtensor import QuantizedTensor
 
-HELD = [scheme for scheme in scheme_names() if scheme not in ("q4_1", "q5_0", "q5_1")]
+HELD = [scheme for scheme in scheme_names() if grid_for(scheme).plain and scheme not in ("q4_1", "q5_0", "q5_1")]
 
 
 def random_tensor(grid: Grid, rows: int, columns: int, seed: int) -> QuantizedTensor:
@@ -130,7 +130,7 @@ def test_blocks_are_ones_that_onnxruntime_runs_fast() -> None:
     assert [block_of(grid_for("w4gc"), columns) for columns in (1024, 192, 480, 100)] == [128, 64, 32, 32]
 
 
-@pytest.mark.parametrize("scheme", ["q4_1", "q5_0", "q5_1"])
+@pytest.mark.parametrize("scheme", ["q4_1", "q5_0", "q5_1", "iq4_nl", "mxfp4", "q4_k", "iq4_xs"])
 def test_grids_without_a_place_are_refused(scheme: str) -> None:
     refusal = refusal_of(grid_for(scheme))
     assert refusal is not None

@@ -17,11 +17,12 @@ from runtime_tests.gguf_floats import write_float_gguf
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, RefusedError
 from signround.events import silent
+from signround.experts import stacked
 from signround.runtimes.llama_cpp import LlamaCpp, open_llama_cpp
 from signround.runtimes.llama_cpp_server import ServerRuntime
 from signround.runtimes.llama_cpp_windows import WindowRuntime
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import FAMILIES, write_small_model
+from tests.small_models import FAMILIES, MIXTURES, write_small_model
 
 if not any(importlib.util.find_spec(module) for module in ("llama_cpp", "xllamacpp")):
     pytest.skip("needs llama-cpp-python or xllamacpp", allow_module_level=True)
@@ -51,7 +52,8 @@ def transformers_logits(model: Path, windows: Tensor, artifact: QuantizedCheckpo
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
     if artifact is not None:
-        decoded = {name: artifact.weight(name) for name in [*artifact.layers, *artifact.kept]}
+        shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+        decoded = stacked([*artifact.layers, *artifact.kept], artifact.weight, shapes, torch.float32)
         unknown = network.load_state_dict(decoded, strict=False).unexpected_keys
         assert not unknown
     with torch.no_grad():
@@ -70,9 +72,17 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits.double().log_softmax(-1)
 
 
-def mean_kl(reference: Tensor, found: Tensor) -> float:
+def divergences(reference: Tensor, found: Tensor) -> Tensor:
     wanted = log_probabilities(reference)
-    return float((wanted.exp() * (wanted - log_probabilities(found))).sum(-1).mean())
+    return (wanted.exp() * (wanted - log_probabilities(found))).sum(-1)
+
+
+def mean_kl(reference: Tensor, found: Tensor) -> float:
+    return float(divergences(reference, found).mean())
+
+
+def median_kl(reference: Tensor, found: Tensor) -> float:
+    return float(divergences(reference, found).median())
 
 
 def some_windows(tokens: int = 48, count: int = 2, vocabulary: int = 512) -> Tensor:
@@ -108,6 +118,9 @@ COVERING = [
     ("mistral", "q5_1", "llama2"),
     ("qwen2", "q8_0", "qwen2"),
     ("qwen3", "w4gc", "qwen2"),
+    ("qwen2-moe", "w4g32", "qwen2"),
+    ("qwen3-moe", "q5_0", "qwen2"),
+    ("mixtral", "q8_0", "llama2"),
 ]
 
 
@@ -118,7 +131,12 @@ def test_quantised_file_is_the_tuned_model(family: str, scheme: str, tokenizer: 
     exported = GgufExporter().export(artifact, tmp_path / "gguf", silent)
     windows = some_windows(count=1)
     reference = transformers_logits(model, windows, artifact)
-    assert mean_kl(reference, runtime_logits(exported.target, windows)) <= 1e-3
+    found = runtime_logits(exported.target, windows)
+    if family in MIXTURES:  # rounded activations change the experts of a few tokens (signround.parity)
+        assert median_kl(reference, found) <= 5e-4
+        assert mean_kl(reference, found) <= 5e-3
+    else:
+        assert mean_kl(reference, found) <= 1e-3
     assert mean_kl(transformers_logits(model, windows), reference) > 5e-3 or scheme in ("w8g32", "q8_0")
 
 

@@ -38,6 +38,7 @@ class Score:
     max_abs_difference: float | None = None
     relative_error: float | None = None
     reference_perplexity: float | None = None
+    median_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class _Totals:
         self.reference_likelihood = 0.0
         self.scored = 0
         self.positions = 0
-        self.divergence = 0.0
+        self.divergences: list[Tensor] = []  # float64 [tokens] a window, on the CPU
         self.agreed = 0
         self.compared = 0
         self.largest = 0.0
@@ -213,7 +214,7 @@ class _Totals:
     def add_reference(self, logits: Tensor, reference: Tensor, tokens: Tensor) -> None:
         ours, theirs = logits.log_softmax(-1), reference.log_softmax(-1)
         self.reference_likelihood -= _log_likelihood(theirs, tokens)
-        self.divergence += (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64).item()
+        self.divergences.append((theirs.exp() * (theirs - ours)).sum(-1, dtype=torch.float64).cpu())
         self.agreed += int((logits.argmax(-1) == reference.argmax(-1)).sum())
         self.compared += len(logits)
         self.largest = max(self.largest, (ours - theirs).abs().max().item())
@@ -226,7 +227,8 @@ class _Totals:
         perplexity = math.exp(self.likelihood / self.scored)
         if not compared:
             return Score(perplexity, self.scored, self.positions)
-        divergence = self.divergence / self.compared
+        divergences = torch.cat(self.divergences)
+        divergence = divergences.mean().item()
         return Score(
             perplexity,
             self.scored,
@@ -236,6 +238,7 @@ class _Totals:
             max_abs_difference=self.largest,
             relative_error=math.sqrt(self.difference_square / self.reference_square),
             reference_perplexity=math.exp(self.reference_likelihood / self.scored),
+            median_kl=divergences.median().item(),
         )
 
 

@@ -189,6 +189,7 @@ def _logits_json(run: LogitParity | None) -> dict[str, Any] | None:
         "runtime": run.runtime,
         "tokens": run.tokens,
         "mean_kl": run.score.mean_kl,
+        "median_kl": run.score.median_kl,
         "top1_agreement": run.score.top1_agreement,
         "max_abs_difference": run.score.max_abs_difference,
         "relative_error": run.score.relative_error,

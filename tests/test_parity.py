@@ -17,7 +17,7 @@ from signround.errors import refuse
 from signround.evaluate import Score
 from signround.events import Event, Notice
 from signround.exporting import ExportedModel
-from signround.parity import Gate, LogitParity, Parity, WeightParity, compare_logits, compare_weights, verify
+from signround.parity import ROUTED, Gate, LogitParity, Parity, WeightParity, compare_logits, compare_weights, verify
 from signround.pipeline import export, make_exporters
 from signround.qtensor import QuantizedTensor
 from signround.runtimes.protocol import Runtime
@@ -178,15 +178,27 @@ def test_a_gate_judges_what_it_names(gate: Gate, passes: bool) -> None:
     assert gate.passes(measured) is passes
 
 
-@pytest.mark.parametrize("figure", ["mean_kl", "top1_agreement", "relative_error"])
+@pytest.mark.parametrize("figure", ["median_kl", "mean_kl", "top1_agreement", "relative_error"])
 def test_a_nan_passes_no_gate(figure: str) -> None:
     perfect = Score(
         1.0, 9, 10, mean_kl=0.0, top1_agreement=1.0, max_abs_difference=0.0, relative_error=0.0,
-        reference_perplexity=1.0,
+        reference_perplexity=1.0, median_kl=0.0,
     )  # fmt: skip
     gate = Gate(**{figure: {"top1_agreement": 0.5}.get(figure, 1.0)})
     assert gate.passes(perfect)
     assert not gate.passes(replace(perfect, **{figure: float("nan")}))
+
+
+def test_a_mixture_of_experts_may_differ_in_few_positions_only() -> None:
+    """Other experts in a few positions move the mean, a wrong file moves the median."""
+    figures = Score(
+        1.0, 9, 4000, mean_kl=2e-3, top1_agreement=0.98, max_abs_difference=0.1, relative_error=0.1,
+        reference_perplexity=1.0, median_kl=1e-4,
+    )  # fmt: skip
+    assert ROUTED.passes(figures)
+    assert not ROUTED.passes(replace(figures, median_kl=1e-3))
+    assert not ROUTED.passes(replace(figures, mean_kl=1e-2))
+    assert not ROUTED.passes(replace(figures, median_kl=None))
 
 
 def test_few_positions_leave_room_for_chance() -> None:

@@ -97,15 +97,19 @@ def write(
     stream: IO[bytes],
     entries: Sequence[KeyValue],
     tensors: Sequence[TensorEntry],
-    data: Callable[[TensorEntry], npt.NDArray[Any]],
+    data: Callable[[TensorEntry], Iterable[npt.NDArray[Any]]],
 ) -> Iterable[TensorEntry]:
-    """Write header and tensors; yields each entry after its data. One tensor is in memory at a time."""
+    """Write header and tensors; yields each entry after its data. `data` gives a tensor in parts that follow each
+    other; one part is in memory at a time."""
     stream.write(header(entries, tensors))
     for tensor in tensors:
-        raw = np.ascontiguousarray(data(tensor))
-        if raw.nbytes != tensor.bytes:
-            raise ValueError(f"{tensor.name}: {raw.nbytes} bytes where {tensor.bytes} were announced")
-        stream.write(raw.data)
+        written = 0
+        for part in data(tensor):
+            raw = np.ascontiguousarray(part)
+            stream.write(raw.data)
+            written += raw.nbytes
+        if written != tensor.bytes:
+            raise ValueError(f"{tensor.name}: {written} bytes where {tensor.bytes} were announced")
         stream.write(bytes(padded(tensor.bytes) - tensor.bytes))
         yield tensor
 
@@ -140,9 +144,11 @@ class GgufFile:
         if self._size < needed:
             raise ValueError(f"it is cut short ({self._size} bytes, its tensors need {needed})")
 
-    def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """The tensor's bytes, read for this call: nothing of the file stays mapped."""
-        return np.fromfile(self.path, np.uint8, self.tensors[name].bytes, offset=self._start + self._offsets[name])
+    def data(self, name: str, part: int = 0, parts: int = 1) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, or those of one of its equal `parts`, read for this call: nothing of the file stays
+        mapped."""
+        size = self.tensors[name].bytes // parts
+        return np.fromfile(self.path, np.uint8, size, offset=self._start + self._offsets[name] + part * size)
 
     def _take(self, count: int) -> bytes:
         raw = self._stream.read(count) if count <= self._size else b""  # a damaged length must not ask for memory

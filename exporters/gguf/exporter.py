@@ -10,9 +10,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +22,17 @@ from exporters.gguf.container import GgufFile
 from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, write_imatrix
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, layout
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
-from exporters.gguf.names import COMPUTED, added, checkpoint_name, halved, rotated_heads
+from exporters.gguf.names import (
+    COMPUTED,
+    added,
+    checkpoint_name,
+    checkpoint_names,
+    checkpoint_shape,
+    gguf_name,
+    halved,
+    is_router,
+    rotated_heads,
+)
 from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, unpack
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.tokenizer import read_tokenizer
@@ -30,12 +41,16 @@ from exporters.gguf.writer import planned_bytes, write_gguf
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
+from signround.experts import is_expert
 from signround.exporting import ExportedModel, missing_packages
 from signround.files import written_whole
 from signround.grid import Grid
 from signround.importance import Importance
 from signround.plan import LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,12 @@ class GgufExporter:
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """Grids without a block type (equal reasons over layers become one), the family, options, tokenizer."""
-        found = self._option_refusals() + _grid_refusals(plan) + hyperparameters.refusals(plan.architecture)
+        found = (
+            self._option_refusals()
+            + _grid_refusals(plan)
+            + _stack_refusals(plan)
+            + hyperparameters.refusals(plan.architecture)
+        )
         try:
             self._tokenizer(plan)
         except RefusedError as error:
@@ -117,19 +137,23 @@ class GgufExporter:
             raise refuse("the file was not written by signround", "give one that `signround export` wrote", str(path))
         arch = values["general.architecture"]
         more = {checkpoint_name(name, arch): value for name in file.tensors if (value := added(name, arch))}
-        return ExportedModel(self.name, path, (path,), self._kept_dtype(values[FLOAT_TYPE]), more)
+        routers = frozenset(checkpoint_name(name, arch) for name in file.tensors if is_router(name))
+        return ExportedModel(self.name, path, (path,), self._kept_dtype(values[FLOAT_TYPE]), more, routers)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """Unpack every quantised tensor with our own reader, q and k rows in checkpoint order."""
         file = _parsed(exported.target)
         grids, arch = grids_of(file.values), file.values["general.architecture"]
         for name, entry in file.tensors.items():
-            if name in grids:
-                raw = file.data(name).reshape(entry.shape[0], -1)
-                heads = _heads(name, file.values)
+            if name not in grids:
+                continue
+            owners = checkpoint_names(name, arch, entry.shape)
+            heads = _heads(name, file.values)
+            for part, owner in enumerate(owners):
+                raw = file.data(name, part, len(owners)).reshape(entry.shape[-2], -1)
                 ordered = raw if heads is None else halved(raw, heads)
                 try:
-                    yield checkpoint_name(name, arch), unpack(ordered, grids[name], entry.shape[1])
+                    yield owner, unpack(ordered, grids[name], entry.shape[-1])
                 except ValueError as error:
                     raise FailedError(f"{exported.target}: {name} is damaged ({error}); export it again.") from error
 
@@ -148,13 +172,13 @@ class GgufExporter:
         for tensor in reader.tensors:
             if tensor.name in COMPUTED:
                 continue
-            shape = [int(size) for size in tensor.shape[::-1]]
-            # Read, not mapped: the pages that gguf-py's own view touches would stay resident until the last tensor.
-            raw = np.fromfile(exported.target, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
-            weight = dequantize(raw.reshape(tensor.data.shape), tensor.tensor_type).reshape(shape)
             heads = _heads(tensor.name, values)
-            ordered = weight.copy() if heads is None else halved(weight, heads)
-            yield checkpoint_name(tensor.name, values["general.architecture"]), torch.from_numpy(ordered)
+            shape = tuple(int(size) for size in tensor.shape[::-1])
+            owners = checkpoint_names(tensor.name, values["general.architecture"], shape)
+            for part, owner in enumerate(owners):
+                weight = dequantize(_read_part(exported.target, tensor, part, len(owners)), tensor.tensor_type)
+                weight = weight.reshape(checkpoint_shape(tensor.name, shape))
+                yield owner, torch.from_numpy(weight.copy() if heads is None else halved(weight, heads))
 
     def write_importance(self, importance: Importance, path: Path) -> None:
         """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
@@ -192,6 +216,19 @@ def _grid_refusals(plan: ModelPlan) -> list[Refusal]:
     ]
 
 
+def _stack_refusals(plan: ModelPlan) -> list[Refusal]:
+    """The experts of a block are one tensor, and a tensor has one type."""
+    grids: dict[str, set[Grid]] = {}
+    for layer in plan.layers():
+        if is_expert(layer.name):
+            grids.setdefault(gguf_name(layer.name), set()).add(layer.grid)
+    mixed = [name for name, found in grids.items() if len(found) > 1]
+    if not mixed:
+        return []
+    problem = f"the experts in {mixed[0]} have different grids (and {len(mixed) - 1} more); llama.cpp keeps them as one"
+    return [Refusal(problem, "give all experts of a block the same type", "gguf")]
+
+
 def _growth_notes(plan: ModelPlan) -> list[str]:
     """One note a block type whose blocks are shorter than the groups of the grid."""
     grown: dict[BlockType, tuple[float, float]] = {}
@@ -224,6 +261,15 @@ def _refuse_unknown_types(path: Path) -> None:
     if unknown:
         problem = f"the installed gguf-py does not know {', '.join(unknown)}"
         raise refuse(problem, "update the gguf package once a release does", str(path))
+
+
+def _read_part(path: Path, tensor: ReaderTensor, part: int, parts: int) -> npt.NDArray[Any]:
+    """One of the equal parts of a tensor that gguf-py found, in rows of bytes or floats. Read, not mapped: the pages
+    that gguf-py's own view touches would stay resident until the last tensor."""
+    count = tensor.data.size // parts
+    offset = tensor.data_offset + part * count * tensor.data.itemsize
+    raw = np.fromfile(path, tensor.data.dtype, count, offset=offset)
+    return raw.reshape(-1, tensor.data.shape[-1])
 
 
 def _only_file(target: Path) -> Path:

@@ -46,7 +46,11 @@ CLASSES = {
     "smollm3": LlamaCppClass(("default", "linear")),
     "granite": LlamaCppClass(("default", "linear", "llama3"), EVERYWHERE),
     "olmo2": LlamaCppClass(("default", "linear")),
+    "qwen2moe": LlamaCppClass(("default", "linear")),
+    "qwen3moe": LlamaCppClass(("default", "linear")),
 }
+# Whether llama.cpp makes the scores of the chosen experts sum to one: written into each class, no key says it.
+NORMS_SCORES = {"llama": True, "qwen2moe": False, "qwen3moe": True}
 
 
 def hyperparameters(architecture: Architecture) -> list[KeyValue]:
@@ -64,7 +68,7 @@ def hyperparameters(architecture: Architecture) -> list[KeyValue]:
         "attention.value_length": architecture.head_dim,
         "rope.dimension_count": architecture.rope.dimensions(architecture.head_dim),
     }
-    entries = [KeyValue(f"{name}.{key}", "u32", value) for key, value in numbers.items()]
+    entries = [KeyValue(f"{name}.{key}", "u32", value) for key, value in (numbers | _experts(architecture)).items()]
     floats = {
         "attention.layer_norm_rms_epsilon": architecture.norm_epsilon,
         **_positions(architecture),
@@ -77,6 +81,18 @@ def hyperparameters(architecture: Architecture) -> list[KeyValue]:
     if rope.kind == "longrope":
         entries.append(KeyValue(f"{name}.rope.scaling.original_context_length", "u32", rope.original_context))
     return entries + _windows(architecture, name)
+
+
+def _experts(architecture: Architecture) -> dict[str, int]:
+    mixture = architecture.mixture
+    if mixture is None:
+        return {}
+    found = {"expert_count": mixture.experts, "expert_used_count": mixture.used}
+    if architecture.family.model_type != "mixtral":  # its experts are as wide as feed_forward_length
+        found["expert_feed_forward_length"] = mixture.intermediate
+    if mixture.shared:
+        found["expert_shared_feed_forward_length"] = mixture.shared
+    return found
 
 
 def _positions(architecture: Architecture) -> dict[str, float]:
@@ -205,7 +221,7 @@ def _caps(architecture: Architecture, name: str) -> str | None:
 
 def _head_width(architecture: Architecture, name: str) -> str | None:
     theirs = architecture.hidden // architecture.heads
-    if name not in ("phi3", "olmo2") or theirs == architecture.head_dim:
+    if name not in ("phi3", "olmo2", "qwen2moe") or theirs == architecture.head_dim:
         return None
     return f"llama.cpp's {name} has heads of hidden / heads = {theirs} values, config.json says {architecture.head_dim}"
 
@@ -213,8 +229,8 @@ def _head_width(architecture: Architecture, name: str) -> str | None:
 def _head(architecture: Architecture, name: str) -> str | None:
     if name == "gemma2" and not architecture.tied:
         return "llama.cpp's gemma2 takes the embedding for its head, this model has a head of its own"
-    if name == "olmo2" and architecture.tied:
-        return "llama.cpp's olmo2 needs a head of its own, this model's is its embedding"
+    if name in ("olmo2", "qwen2moe") and architecture.tied:
+        return f"llama.cpp's {name} needs a head of its own, this model's is its embedding"
     return None
 
 
@@ -232,6 +248,14 @@ def _zeros(architecture: Architecture, name: str) -> str | None:
     return "llama.cpp takes a multiplier of 0 for none" if zero else None
 
 
+def _scores(architecture: Architecture, name: str) -> str | None:
+    mixture = architecture.mixture
+    if mixture is None or mixture.norms_scores == NORMS_SCORES[name]:
+        return None
+    theirs, ours = ("always", "false") if NORMS_SCORES[name] else ("never", "true")
+    return f"llama.cpp's {name} {theirs} makes the scores of a token's experts sum to one, norm_topk_prob is {ours}"
+
+
 _RULES: tuple[Callable[[Architecture, str], str | None], ...] = (
     _bias,
     _rope_kind,
@@ -241,6 +265,7 @@ _RULES: tuple[Callable[[Architecture, str], str | None], ...] = (
     _head,
     _unrotated,
     _zeros,
+    _scores,
 )
 
 

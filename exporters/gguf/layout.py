@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from exporters.gguf.container import TensorEntry
 from exporters.gguf.hyperparameters import rope_tensors
-from exporters.gguf.names import ARCHITECTURES, gguf_name
+from exporters.gguf.names import ARCHITECTURES, file_shape, gguf_name, is_router
 from exporters.gguf.packing import BLOCK_TYPES, block_type_for
 from signround.mixes import FILE_TYPES
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 
 AUTO = "auto"
+Source = TypeVar("Source", LayerPlan, KeptTensor)
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,16 @@ TYPE_BYTES = {kind.code: (kind.elements, kind.bytes) for kind in BLOCK_TYPES} | 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the file: its table entry, and where it comes from (None: it is computed, `rope_tensors`)."""
+    """One tensor of the file: its table entry, and the checkpoint tensors that lie in it one after the other: one, or
+    as many as there are experts, or none (it is computed, `rope_tensors`)."""
 
     entry: TensorEntry
-    source: LayerPlan | KeptTensor | None
+    sources: tuple[LayerPlan | KeptTensor, ...]
 
 
 def float_type_of(kept: KeptTensor, choice: str) -> FloatType:
-    """How a kept tensor is stored: vectors float32, matrices in their own dtype or the chosen one."""
-    if len(kept.shape) == 1:
+    """How a kept tensor is stored: vectors and routers float32, matrices in their own dtype or the chosen one."""
+    if len(kept.shape) == 1 or is_router(gguf_name(kept.name)):
         return FLOAT_TYPES["f32"]
     if choice != AUTO:
         return FLOAT_TYPES[choice]
@@ -69,26 +73,37 @@ def float_bytes(tensor: Tensor) -> torch.Tensor:
 def layout(plan: ModelPlan, float_type: str) -> list[Slot]:
     """Every tensor in file order: outer ones, then block by block, then factors of rotary positions."""
     arch = ARCHITECTURES[plan.architecture.family.model_type]
-    slots = [_kept_slot(kept, arch, float_type) for kept in plan.outer]
-    slots += [_layer_slot(layer, arch) for layer in plan.outer_layers]
+    slots = [_kept_slot((kept,), arch, float_type) for kept in plan.outer]
+    slots += [_layer_slot((layer,), arch) for layer in plan.outer_layers]
     for block in plan.blocks:
-        slots += [_kept_slot(kept, arch, float_type) for kept in block.kept]
-        slots += [_layer_slot(layer, arch) for layer in block.layers]
+        slots += [_kept_slot(stack, arch, float_type) for stack in _stacks(block.kept, arch)]
+        slots += [_layer_slot(stack, arch) for stack in _stacks(block.layers, arch)]
     for name, factors in rope_tensors(plan.architecture).items():
-        slots.append(Slot(TensorEntry(name, factors.shape, FLOAT_TYPES["f32"].code, factors.nbytes), None))
+        slots.append(Slot(TensorEntry(name, factors.shape, FLOAT_TYPES["f32"].code, factors.nbytes), ()))
     return slots
 
 
-def _kept_slot(kept: KeptTensor, arch: str, choice: str) -> Slot:
-    kind = float_type_of(kept, choice)
-    size = math.prod(kept.shape) * kind.dtype.itemsize
-    return Slot(TensorEntry(gguf_name(kept.name, arch), kept.shape, kind.code, size), kept)
+def _stacks(tensors: Sequence[Source], arch: str) -> list[tuple[Source, ...]]:
+    """Tensors of one block by the GGUF tensor that holds them, experts in their order."""
+    stacks: dict[str, list[Source]] = {}
+    for tensor in tensors:
+        stacks.setdefault(gguf_name(tensor.name, arch), []).append(tensor)
+    return [tuple(stack) for stack in stacks.values()]
 
 
-def _layer_slot(layer: LayerPlan, arch: str) -> Slot:
-    kind = block_type_for(layer.grid, layer.columns)
-    size = layer.rows * kind.row_bytes(layer.columns)
-    return Slot(TensorEntry(gguf_name(layer.name, arch), (layer.rows, layer.columns), kind.code, size), layer)
+def _kept_slot(stack: tuple[KeptTensor, ...], arch: str, choice: str) -> Slot:
+    first, name = stack[0], gguf_name(stack[0].name, arch)
+    kind = float_type_of(first, choice)
+    size = len(stack) * math.prod(first.shape) * kind.dtype.itemsize
+    return Slot(TensorEntry(name, file_shape(name, first.shape, len(stack)), kind.code, size), stack)
+
+
+def _layer_slot(stack: tuple[LayerPlan, ...], arch: str) -> Slot:
+    first, name = stack[0], gguf_name(stack[0].name, arch)
+    kind = block_type_for(first.grid, first.columns)
+    size = len(stack) * first.rows * kind.row_bytes(first.columns)
+    shape = file_shape(name, (first.rows, first.columns), len(stack))
+    return Slot(TensorEntry(name, shape, kind.code, size), stack)
 
 
 def file_type(plan: ModelPlan, float_type: str) -> int:

@@ -57,7 +57,7 @@ def provenance(plan: ModelPlan, fingerprint: str, float_type: str) -> list[KeyVa
 
 def _grids_text(named: Iterable[tuple[str, Grid]]) -> str:
     tensors: dict[Grid, list[str]] = {}
-    for name, grid in named:
+    for name, grid in dict(named).items():  # experts share a name, and their grid
         tensors.setdefault(grid, []).append(name)
     return canonical_json([{"grid": grid.to_json(), "tensors": names} for grid, names in tensors.items()])
 

@@ -59,31 +59,33 @@ def write_gguf(
     """
     slots = {slot.entry.name: slot for slot in layout(plan, float_type)}
 
-    def data(entry: TensorEntry) -> npt.NDArray[Any]:
-        return _data(slots[entry.name], plan, float_type, quantized, kept)
+    def data(entry: TensorEntry) -> Iterator[npt.NDArray[Any]]:
+        return _parts(slots[entry.name], plan, float_type, quantized, kept)
 
     entries = entries_of(plan, tokenizer, fingerprint, float_type)
     for entry in write(stream, entries, [slot.entry for slot in slots.values()], data):
         yield entry.name
 
 
-def _data(
+def _parts(
     slot: Slot,
     plan: ModelPlan,
     float_type: str,
     quantized: Callable[[str], QuantizedTensor],
     kept: Callable[[str], Tensor],
-) -> npt.NDArray[Any]:
-    if isinstance(slot.source, LayerPlan):
-        rows: npt.NDArray[Any] = pack(quantized(slot.source.name))
-    elif isinstance(slot.source, KeptTensor):
-        stored = _cast(kept(slot.source.name), slot.source, float_type)
-        more = added(slot.entry.name, ARCHITECTURES[plan.architecture.family.model_type])
-        rows = float_bytes(stored + more if more else stored).numpy()
-    else:
-        return rope_tensors(plan.architecture)[slot.entry.name]
-    heads = rotated_heads_of(slot.entry.name, plan.architecture)
-    return rows if heads is None else interleaved(rows, heads)
+) -> Iterator[npt.NDArray[Any]]:
+    """The tensor's data, expert by expert where it is a stack of them."""
+    if not slot.sources:
+        yield rope_tensors(plan.architecture)[slot.entry.name]
+    for source in slot.sources:
+        if isinstance(source, LayerPlan):
+            rows: npt.NDArray[Any] = pack(quantized(source.name))
+        else:
+            stored = _cast(kept(source.name), source, float_type)
+            more = added(slot.entry.name, ARCHITECTURES[plan.architecture.family.model_type])
+            rows = float_bytes(stored + more if more else stored).numpy()
+        heads = rotated_heads_of(slot.entry.name, plan.architecture)
+        yield rows if heads is None else interleaved(rows, heads)
 
 
 def _cast(tensor: Tensor, kept: KeptTensor, float_type: str) -> Tensor:

@@ -41,6 +41,9 @@ CASES = [
     ("smollm3", "w4g32", "llama3"),
     ("granite", "q8_0", "gpt2"),
     ("olmo2", "w4g128", "gpt2"),
+    ("qwen2-moe", "w4g32", "qwen2"),
+    ("qwen3-moe", "q5_1", "qwen2"),
+    ("mixtral", "q8_0", "llama2"),
 ]
 
 

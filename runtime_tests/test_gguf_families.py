@@ -29,9 +29,13 @@ from tests.small_models import write_small_model
 if not any(importlib.util.find_spec(module) for module in ("llama_cpp", "xllamacpp")):
     pytest.skip("needs llama-cpp-python or xllamacpp", allow_module_level=True)
 
-NEW = {
-    "gemma2": "q5_0", "gemma3": "q4_1", "phi3": "w4g128", "phi4-mini-like": "q5_1", "smollm3": "w4g32",
-    "granite": "q8_0", "olmo2": "w4g64",
+MIXED = {
+    "gemma2": "q4_k_m", "gemma3": "iq4_xs", "phi3": "q3_k_m", "phi4-mini-like": "q5_k_m", "smollm3": "q2_k",
+    "granite": "mobile", "olmo2": "q6_k",
+}  # fmt: skip
+WHOLE_BLOCKS = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "initializer_range": 0.04,
 }  # fmt: skip
 TABLE_ERROR = 2e-3  # measured 1.0e-3 (gemma2) and 1.3e-3 (gemma3)
 DEEP_ERROR = 3e-3  # the same table through 46 blocks, where neighbouring entries are hit: measured 1.1e-3
@@ -135,11 +139,12 @@ def test_phi3_windows_are_ignored_as_the_note_says(tmp_path: Path) -> None:
     assert float(apart[:16].max()) < 1e-3 < float(apart[17:].max())
 
 
-@pytest.mark.parametrize("family", NEW)
-def test_quantised_files_are_verified(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", MIXED)
+def test_mixed_files_are_verified(family: str, tmp_path: Path) -> None:
     """Every tensor through gguf-py, logits through llama.cpp: what `signround verify` says."""
-    model = write_small_model(tmp_path / "model", family, tokenizer="llama2" if "gemma" in family else "llama3")
-    artifact = write_rounded_artifact(model, tmp_path / "artifact", NEW[family])
+    tokenizer = "llama2" if "gemma" in family else "llama3"
+    model = write_small_model(tmp_path / "model", family, tokenizer=tokenizer, **WHOLE_BLOCKS)
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", MIXED[family], mixes=True)
     exporter = GgufExporter()
     assert exporter.refusals(artifact.plan) == []
     parity = verify(artifact, exporter, exporter.export(artifact, tmp_path / "gguf", silent), some_windows())

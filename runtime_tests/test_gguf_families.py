@@ -23,6 +23,7 @@ from runtime_tests.test_gguf import log_probabilities, runtime_logits, some_wind
 from signround import quantize
 from signround.events import silent
 from signround.parity import verify
+from signround.runtimes.llama_cpp import open_llama_cpp
 from tests.small_artifacts import write_rounded_artifact
 from tests.small_models import write_small_model
 
@@ -137,6 +138,41 @@ def test_phi3_windows_are_ignored_as_the_note_says(tmp_path: Path) -> None:
     wanted = reference_logits(model, windows, table=False)
     apart = (log_probabilities(found) - log_probabilities(wanted)).abs().amax(-1)[0]
     assert float(apart[:16].max()) < 1e-3 < float(apart[17:].max())
+
+
+def phi3_tokens(folder: Path) -> None:
+    """Make the tokenizer in `folder` one of Phi-3's kind: special tokens, but for three, swallow spaces after them."""
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocab, merges = data["model"]["vocab"], data["model"]["merges"]
+    for text in ("<|endoftext|>", "<|user|>"):  # in place of the rarest pieces
+        index = vocab.pop("".join(merges.pop()))
+        data["added_tokens"].append({**data["added_tokens"][0], "id": index, "content": text})
+    data["added_tokens"].sort(key=lambda entry: entry["id"])
+    for entry in data["added_tokens"]:
+        entry["rstrip"] = entry["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    data["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_the_name_of_a_model_tells_llama_cpp_how_phi3_reads_special_tokens(strips: bool, tmp_path: Path) -> None:
+    """With "phi3" in its name a file of another tokenizer would not load; with other words Phi-3's would not strip."""
+    from tokenizers import Tokenizer
+
+    name = "tune" if strips else "phi3"
+    model = write_small_model(tmp_path / name, "phi3", tokenizer="llama2", vocab_size=1024, layers=1)
+    if strips:
+        phi3_tokens(model)
+    runtime = open_llama_cpp(write_float_gguf(model, tmp_path / "float.gguf"), threads=1)
+    try:
+        reference = Tokenizer.from_file(str(model / "tokenizer.json"))
+        texts = ["<|user|>\n hello</s>  again<s> \n x<|endoftext|> y" if strips else "hello  again"]
+        for text in texts:
+            wanted = reference.encode(text, add_special_tokens=False).ids
+            assert runtime.tokenize(text, add_special=False) == wanted
+    finally:
+        runtime.close()
 
 
 @pytest.mark.parametrize("family", MIXED)

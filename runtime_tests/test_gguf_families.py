@@ -191,13 +191,16 @@ def test_mixed_files_are_verified(family: str, tmp_path: Path) -> None:
     assert parity.logits.score.mean_kl < 1e-3
 
 
-@pytest.mark.parametrize("family", ["gemma3", pytest.param("phi3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name == "gemma2" else pytest.mark.slow) for name in MIXED]
+)
 def test_the_main_job(family: str, tmp_path: Path) -> None:
-    """Self-written calibration, tuning, export, verification: norms + 1, and fused linears."""
-    model = write_small_model(tmp_path / "model", family, tokenizer="llama2")
+    """Self-written calibration, tuning of blocks and of all scales together, export, verification."""
+    model = write_small_model(tmp_path / "model", family, tokenizer="llama2", **WHOLE_BLOCKS)
     report = quantize(
-        model, "w4g32", tmp_path / "out", ["gguf"], samples=8, seqlen=32, iters=20, batch_size=4,
+        model, MIXED[family], tmp_path / "out", ["gguf"], samples=8, seqlen=32, iters=20, batch_size=4, end_to_end=4,
     )  # fmt: skip
-    assert report["exports"]["gguf"]["weights"]["exact"] == report["exports"]["gguf"]["weights"]["tensors"]
+    weights = report["exports"]["gguf"]["weights"]
+    assert weights["exact"] == weights["tensors"]
     assert report["exports"]["gguf"]["logits"]["mean_kl"] < 1e-3
     assert any(block["loss_tuned"] < block["loss_rounded"] for block in report["tuning"]["blocks"])

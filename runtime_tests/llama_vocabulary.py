@@ -110,13 +110,14 @@ class LlamaVocabulary:
         return raw.decode() if raw is not None else None
 
 
-def write_vocabulary_file(carried: CarriedTokenizer, target: Path) -> Path:
+def write_vocabulary_file(carried: CarriedTokenizer, target: Path, name: str = "vocabulary") -> Path:
     """A .gguf of `carried` and a model of one narrow block of zeros, the least that llama.cpp loads."""
     tokens, width = len(carried.vocabulary.tokens), 32
     sizes = {"vocab_size": tokens, "context_length": 64, "embedding_length": width, "block_count": 1}
     sizes |= {"feed_forward_length": width, "attention.head_count": 1, "rope.dimension_count": width}
     entries = [
         KeyValue("general.architecture", "string", "llama"),
+        KeyValue("general.name", "string", name),
         *(KeyValue(f"llama.{key}", "u32", value) for key, value in sizes.items()),
         KeyValue("llama.attention.layer_norm_rms_epsilon", "f32", 1e-5),
         *carried.entries(),
@@ -127,7 +128,7 @@ def write_vocabulary_file(carried: CarriedTokenizer, target: Path) -> Path:
     shapes |= {f"blk.0.{name}.weight": (width,) for name in ("attn_norm", "ffn_norm")}
     tensors = [TensorEntry(name, shape, 0, 4 * math.prod(shape)) for name, shape in shapes.items()]
     with open(target, "wb") as stream:
-        assert list(write(stream, entries, tensors, lambda entry: np.zeros(entry.shape, np.float32)))
+        assert list(write(stream, entries, tensors, lambda entry: [np.zeros(entry.shape, np.float32)]))
     return target
 
 

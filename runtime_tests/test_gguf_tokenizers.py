@@ -177,3 +177,17 @@ def test_added_tokens_that_strip_spaces_differ_as_the_note_says(tmp_path: Path) 
     carried = read_tokenizer(tmp_path, {}, VOCABULARY + 1)
     assert any("'<|greedy|>' strip spaces" in note for note in carried.notes)
     assert compared(tmp_path, carried, ["a<|greedy|>b", "a <|greedy|> b"], tmp_path) == {"a <|greedy|> b"}
+
+
+def test_a_name_that_llama_cpp_takes_for_phi_3(tmp_path: Path) -> None:
+    """Why the plan refuses it: without Phi-3's tokens llama.cpp does not load the file."""
+    write_byte_level(tmp_path, PUBLISHED["gpt-2"], VOCABULARY)
+    carried = read_tokenizer(tmp_path, {}, VOCABULARY)
+    for name, loads in (("My Model", True), ("My Phi3 Chat", False)):
+        path = write_vocabulary_file(carried, tmp_path / "vocabulary.gguf", name)
+        if loads:
+            with opened(path):
+                pass
+        else:
+            with pytest.raises(OSError, match="cannot load"), opened(path):
+                pass

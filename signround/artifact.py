@@ -6,7 +6,6 @@
       blocks/00000.json        how the block's tuning went (times; the only file that differs between equal runs)
       outer/*.safetensors      embedding, final norm, head: one file each (codes and fields where quantised)
       model/                   config.json and tokenizer files
-      scales.safetensors       fp16 fields that the end-to-end steps changed, in place of those in blocks/
       calibration.safetensors  the tokens that were used
 
 A linear's parts are stored as `<weight name>.codes` (uint8 [rows, columns]) and `<weight name>.<field>`
@@ -21,8 +20,8 @@ import fcntl
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +39,6 @@ from signround.safetensors_stream import save_tensors
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENS = "calibration.safetensors"
-SCALES = "scales.safetensors"
 SQUARES, SEEN_TOKENS = "input_squares", "input_tokens"
 
 
@@ -132,14 +130,7 @@ class QuantizedCheckpoint:
         grid = self.layers[name].grid
         layout = grid.layout(self.layers[name].rows, self.layers[name].columns)
         parts = self._read(name, ["codes", *layout])
-        return QuantizedTensor(grid, parts.pop("codes"), parts | self._changed(name, layout))
-
-    def _changed(self, name: str, fields: Iterable[str]) -> dict[str, Tensor]:
-        if SCALES not in self.manifest["files"]:
-            return {}
-        with _opened(self.folder / SCALES) as file:
-            known = set(file.keys())
-            return {field: file.get_tensor(f"{name}.{field}") for field in fields if f"{name}.{field}" in known}
+        return QuantizedTensor(grid, parts.pop("codes"), parts)
 
     def tensor(self, name: str) -> Tensor:
         """The kept tensor `name` in its own dtype."""
@@ -171,10 +162,19 @@ class QuantizedCheckpoint:
         return [name for name, digest in self.manifest["files"].items() if not _intact(self.folder / name, digest)]
 
     def _read(self, name: str, parts: list[str], *, optional: bool = False) -> dict[str, Tensor]:
-        with _opened(self.folder / self._file_of[name]) as file:
-            if optional and f"{name}.{parts[0]}" not in file.keys():  # noqa: SIM118  # not iterable
-                return {}
-            return {part: file.get_tensor(f"{name}.{part}" if part else name).clone() for part in parts}
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / self._file_of[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                if optional and f"{name}.{parts[0]}" not in file.keys():  # noqa: SIM118  # not iterable
+                    return {}
+                return {part: file.get_tensor(f"{name}.{part}" if part else name).clone() for part in parts}
+        except (OSError, SafetensorError) as error:
+            raise FailedError(
+                f"{path}: cannot be read ({str(error).splitlines()[0]}); "
+                "run the `signround quantize` command that made it again, it repairs the artifact."
+            ) from error
 
 
 class ArtifactWriter:
@@ -281,16 +281,6 @@ class ArtifactWriter:
         """Write one quantised tensor outside the blocks."""
         self._commit(outer_file(name), _parts(name, tensor, inputs))
 
-    def has_scales(self) -> bool:
-        """Whether the end-to-end steps are done."""
-        return self._has(SCALES)
-
-    def commit_scales(self, fields: Mapping[tuple[str, str], Tensor], record: Mapping[str, Any]) -> None:
-        """Write the fields (weight name, field) that the end-to-end steps changed, none where they changed nothing;
-        `record` says how they went."""
-        self.manifest["end_to_end"] = dict(record)
-        self._commit(SCALES, {f"{name}.{field}": value for (name, field), value in fields.items()})
-
     def finish(self) -> QuantizedCheckpoint:
         """Mark the artifact complete."""
         self.manifest["files"] = dict(sorted(self.manifest["files"].items()))
@@ -325,21 +315,6 @@ def _parts(name: str, tensor: QuantizedTensor, inputs: InputSquares | None) -> d
     if inputs is not None:
         parts |= {f"{name}.{SQUARES}": inputs.sums[0].cpu(), f"{name}.{SEEN_TOKENS}": inputs.counts.cpu()}
     return parts
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file of the artifact. Raises FailedError when it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise FailedError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); "
-            "run the `signround quantize` command that made it again, it repairs the artifact."
-        ) from error
 
 
 def _intact(path: Path, digest: str) -> bool:

@@ -8,7 +8,7 @@ Attention is causal over whole windows; there is no padding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -46,16 +46,6 @@ class DecoderBlocks:
         weights = {module_name(name.removeprefix(prefix)): self._float(name) for name in names}
         block = self._skeleton.layer(index)
         block.load_state_dict(weights, assign=True, strict=True)
-        return block.requires_grad_(False).eval()
-
-    def shell(self, index: int, without: Iterable[str]) -> nn.Module:
-        """Block `index` whose linears have no storage: `run` is to be given the weights named in `without`."""
-        prefix = BLOCK.format(index)
-        left_out = {prefix + name for name in without}
-        names = {*self.architecture.block_linears(index), *self.architecture.block_kept(index)} - left_out
-        weights = {module_name(name.removeprefix(prefix)): self._float(name) for name in names}
-        block = self._skeleton.layer(index)
-        block.load_state_dict(weights, assign=True, strict=False)
         return block.requires_grad_(False).eval()
 
     def parameter(self, block: nn.Module, name: str) -> nn.Parameter:
@@ -120,19 +110,18 @@ class DecoderBlocks:
         norm.load_state_dict({"weight": self._float(FINAL_NORM)}, assign=True)
         return norm.requires_grad_(False)
 
-    def head(self, read: ReadTensor | None = None) -> Callable[[Tensor], Tensor]:
-        """Final norm and head: [windows, tokens, hidden] -> float32 logits [windows, tokens, vocabulary]. `read` gives
-        another model's head; gradients reach the input."""
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Final norm and head: [windows, tokens, hidden] -> float32 logits [windows, tokens, vocabulary]."""
         scales = self.architecture.scales
         norm = self.final_norm()
-        name = EMBEDDING if self.architecture.tied else HEAD
-        weight = (read or self.read)(name).to(self.device, torch.float32)
+        weight = self._float(EMBEDDING if self.architecture.tied else HEAD)
 
         def logits(hidden: Tensor) -> Tensor:
-            found = nn.functional.linear(norm(hidden.to(self.device, torch.float32)), weight)
-            if scales.logits != 1.0:
-                found = found / scales.logits
-            return found if scales.logits_cap is None else capped(found, scales.logits_cap)
+            with torch.no_grad():
+                found = nn.functional.linear(norm(hidden.to(self.device, torch.float32)), weight)
+                if scales.logits != 1.0:
+                    found /= scales.logits
+                return found if scales.logits_cap is None else capped(found, scales.logits_cap)
 
         return logits
 
@@ -160,8 +149,8 @@ class DecoderBlocks:
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:
-    """cap * tanh(logits / cap)."""
-    return cap * torch.tanh(logits / cap)
+    """cap * tanh(logits / cap), in place."""
+    return logits.div_(cap).tanh_().mul_(cap)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+CARD = "README.md"  # licence and base model, for exporters; not part of what the model is
 
 
 def additional_templates(folder: Path) -> list[Path]:
@@ -136,8 +137,8 @@ class SourceCheckpoint:
 
     @property
     def files(self) -> list[Path]:
-        """Config and tokenizer files that an artifact must carry along, named chat templates in their folder."""
-        names = ("config.json", *TOKENIZER_FILES)
+        """Config, tokenizer files, named chat templates in their folder, and model card: what an artifact carries."""
+        names = ("config.json", *TOKENIZER_FILES, CARD)
         found = [self.folder / name for name in names if (self.folder / name).is_file()]
         return found + additional_templates(self.folder)
 
@@ -145,8 +146,9 @@ class SourceCheckpoint:
     def sha256(self) -> str:
         """One hash over config, tokenizer and weight files, names included; independent of the folder's place."""
         weights = sorted({info.file for info in self.tensors.values()})
+        described = [path for path in self.files if path.name != CARD]
         digest = hashlib.sha256()
-        for path in sorted([*self.files, *weights], key=lambda path: path.name):
+        for path in sorted([*described, *weights], key=lambda path: path.name):
             digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
         return digest.hexdigest()
 

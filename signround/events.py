@@ -40,22 +40,13 @@ class BlockTuned:
 
 
 @dataclass(frozen=True)
-class ScalesTuned:
-    """The end-to-end steps are committed. Losses are mean KL to the float model on the held-out subset, in nats."""
-
-    loss_before: float
-    loss_after: float
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Notice:
     """Something that the user should know and that is not an error (a fallback, a resumed run, a skipped check)."""
 
     text: str
 
 
-Event = StageStarted | StageAdvanced | BlockTuned | ScalesTuned | Notice
+Event = StageStarted | StageAdvanced | BlockTuned | Notice
 Listener = Callable[[Event], None]
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,34 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def files_written_whole(paths: Sequence[Path], replaced: Iterable[Path] = ()) -> Iterator[list[Path]]:
+    """`written_whole` for files that are one thing, the first being the one that readers open.
+
+    All take their names after the last was written, the first one last and, if it replaces another, after that was
+    removed: at no moment does a first file stand beside parts of another set. `replaced` (older files of the same
+    thing under other names) go at the end.
+    """
+    first, *others = paths
+    with disk_errors(first):
+        first.parent.mkdir(parents=True, exist_ok=True)
+        temporaries = [path.parent / f"{PARTIAL}{path.name}" for path in paths]
+        try:
+            yield temporaries
+            for temporary in temporaries:
+                with open(temporary, "rb") as written:
+                    os.fsync(written.fileno())
+            if others:
+                first.unlink(missing_ok=True)
+            for temporary, path in reversed(list(zip(temporaries, paths, strict=True))):
+                os.replace(temporary, path)
+            for path in replaced:
+                path.unlink(missing_ok=True)
+        finally:
+            for temporary in temporaries:
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -42,7 +42,10 @@ def inspect_target(target: Path) -> dict[str, Any]:
         tensors = ((name, artifact.quantized(name)) for name in artifact.layers)
         return found | {"grids": _grids(tensors)}
     exporter = make_exporters([kind])[0]
-    return found | {"grids": _grids(exporter.read_back(exporter.opened(target)))}
+    exported = exporter.opened(target)
+    if target.is_file():  # it may be the first of several
+        found["bytes"] = sum(path.stat().st_size for path in exported.files)
+    return found | {"grids": _grids(exporter.read_back(exported))}
 
 
 def _bytes(target: Path) -> int:

@@ -73,7 +73,6 @@ def prepare(
     samples: int | None = None,
     seqlen: int | None = None,
     iters: int | None = None,
-    end_to_end: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -90,8 +89,7 @@ def prepare(
     architecture = read_architecture(checkpoint.config)
     tuning = settings_for(
         method, recipe, device,
-        context=architecture.context, samples=samples, seqlen=seqlen, iters=iters, batch_size=batch_size,
-        end_to_end=end_to_end, seed=seed,
+        context=architecture.context, samples=samples, seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     tuning = fit_to_memory(tuning, architecture.hidden, physical_memory())
     floor = max((exporter.zero_floor for exporter in exporters), default=0)
@@ -212,7 +210,6 @@ def quantize(
     samples: int | None = None,
     seqlen: int | None = None,
     iters: int | None = None,
-    end_to_end: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -229,8 +226,7 @@ def quantize(
     """
     job = prepare(
         model, scheme, out, to, method=method, recipe=recipe, calibration=calibration, samples=samples, seqlen=seqlen,
-        iters=iters, end_to_end=end_to_end, batch_size=batch_size, seed=seed, device=device,
-        tensor_types=tensor_types, imatrix=imatrix,
+        iters=iters, batch_size=batch_size, seed=seed, device=device, tensor_types=tensor_types, imatrix=imatrix,
         options=options,
     )  # fmt: skip
     return run(job, Path(text) if text else None, on_event)

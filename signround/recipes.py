@@ -24,8 +24,7 @@ class TuningSettings:
 
     `samples` sequences of `seqlen` tokens, `held_out` of them kept back to choose the best step; `learning_rate` in
     units of a quantisation step; `compute` is the dtype of the matrix products; `start` is where tuning begins:
-    "range" (min/max, as the paper) or "search" (activation-weighted search of each group's scale first); `end_to_end`
-    is the number of steps on all scales together after the blocks (0: none);
+    "range" (min/max, as the paper) or "search" (activation-weighted search of each group's scale first);
     `hidden_states` is the dtype in which the two chains wait in memory between blocks.
     """
 
@@ -42,21 +41,20 @@ class TuningSettings:
     compute: Literal["bf16", "fp32"]
     hidden_states: Literal["fp32", "bf16"]
     start: Literal["range", "search"]
-    end_to_end: int
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 BATCH_SIZE = 8  # as in the paper
-# (iters, samples, held_out, seqlen, end_to_end) a recipe and device
-_EFFORT: dict[tuple[str, Device], tuple[int, int, int, int, int]] = {
-    ("fast", "cpu"): (100, 64, 8, 256, 0),
-    ("default", "cpu"): (200, 128, 8, 512, 100),
-    ("best", "cpu"): (500, 256, 16, 512, 300),
-    ("fast", "cuda"): (100, 128, 8, 512, 100),
-    ("default", "cuda"): (200, 128, 8, 2048, 200),
-    ("best", "cuda"): (500, 512, 16, 2048, 500),
+# (iters, samples, held_out, seqlen) a recipe and device
+_EFFORT: dict[tuple[str, Device], tuple[int, int, int, int]] = {
+    ("fast", "cpu"): (100, 64, 8, 256),
+    ("default", "cpu"): (200, 128, 8, 512),
+    ("best", "cpu"): (500, 256, 16, 512),
+    ("fast", "cuda"): (100, 128, 8, 512),
+    ("default", "cuda"): (200, 128, 8, 2048),
+    ("best", "cuda"): (500, 512, 16, 2048),
 }
 
 
@@ -70,7 +68,6 @@ def settings_for(
     seqlen: int | None = None,
     iters: int | None = None,
     batch_size: int | None = None,
-    end_to_end: int | None = None,
     seed: int = 0,
 ) -> TuningSettings:
     """Settings of a recipe, with the user's own numbers on top. `context` bounds the sequence length.
@@ -83,10 +80,8 @@ def settings_for(
         raise refuse(f"recipe {recipe!r} is not known; allowed are {', '.join(RECIPES)}", "choose one", "--recipe")
     if method == "rtn" and (iters is not None or batch_size is not None):
         raise refuse("--iters and --batch-size do not apply to --method rtn", "leave them out", "--method")
-    if method != "signround" and end_to_end is not None:
-        raise refuse(f"--end-to-end does not apply to --method {method}", "leave it out", "--method")
     device_name, compute = checked_device(device)
-    effort_iters, effort_samples, held_out, effort_seqlen, effort_together = _EFFORT[recipe, device_name]
+    effort_iters, effort_samples, held_out, effort_seqlen = _EFFORT[recipe, device_name]
     if method == "signround-400":
         effort_iters = 400
     elif method == "rtn":
@@ -105,7 +100,6 @@ def settings_for(
         compute=compute,
         hidden_states="fp32",
         start="search" if method == "signround" else "range",
-        end_to_end=(effort_together if end_to_end is None else end_to_end) if method == "signround" else 0,
     )
     return _checked(settings, seqlen, batch_size, context)
 
@@ -131,7 +125,6 @@ def _checked(settings: TuningSettings, seqlen: int | None, batch_size: int | Non
     least = {"--samples": (settings.samples, 2), "--seqlen": (settings.seqlen, 8)}
     if settings.method != "rtn":
         least["--iters"] = (settings.iters, 1)
-    least["--end-to-end"] = (settings.end_to_end, 0)
     if batch_size is not None:
         least["--batch-size"] = (batch_size, 1)
     for flag, (value, minimum) in least.items():

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from signround.files import (
     PARTIAL,
     canonical_json,
     disk_errors,
+    files_written_whole,
     folder_written_whole,
     sha256_of,
     sha256_of_json,
@@ -219,3 +221,62 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         return Stream(path) if mode == "wb" else open(path, mode)
 
     monkeypatch.setattr("signround.safetensors_stream.open", opened, raising=False)
+
+
+def test_a_set_of_files_appears_together(tmp_path: Path) -> None:
+    paths = [tmp_path / "out" / name for name in ("a", "b", "c")]
+    with files_written_whole(paths) as temporaries:
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.write_text(path.name)
+        assert not any(path.exists() for path in paths)
+    assert [path.read_text() for path in paths] == ["a", "b", "c"]
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_set_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b")]
+    old = tmp_path / "older"
+    for path in (*paths, old):
+        path.write_text("old")
+
+    def failing() -> None:
+        with files_written_whole(paths, [old]) as temporaries:
+            temporaries[0].write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        failing()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old", "older": "old"}
+
+
+@pytest.mark.parametrize("kill_at", range(5))
+def test_no_first_file_stands_beside_another_set(kill_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between any two steps: the first file, if there is one, is of the set that the others are of."""
+    paths, older = [tmp_path / name for name in ("a", "b", "c")], tmp_path / "older"
+    for path in (*paths, older):
+        path.write_text("old")
+    steps = 0
+
+    def counted(step: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any, **options: Any) -> None:
+            nonlocal steps
+            if steps == kill_at:
+                raise KeyboardInterrupt
+            steps += 1
+            step(*arguments, **options)
+
+        return run
+
+    def replaced() -> None:
+        with files_written_whole(paths, [older]) as temporaries:
+            for temporary in temporaries:
+                temporary.write_text("new")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("signround.files.os.replace", counted(os.replace))
+        patched.setattr("pathlib.Path.unlink", counted(Path.unlink))
+        with pytest.raises(KeyboardInterrupt):
+            replaced()
+    if paths[0].exists():
+        assert len({path.read_text() for path in paths}) == 1
+    assert older.exists()

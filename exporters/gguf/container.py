@@ -9,7 +9,8 @@ Layout (ggml/docs/gguf.md; all little endian):
     padding to 32, then each tensor, padded to 32
 
 Sizes come first and bytes later: the table is laid out from shapes, then one tensor at a time is written. Knows no
-models, no quantisation types (a type is its id and its byte count), no big-endian files, no other version, no splits.
+models, no quantisation types (a type is its id and its byte count), no big-endian files, no other version; a model in
+several files is several of these (`splits.py`).
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ SCALARS = {"u8": (0, "B"), "i8": (1, "b"), "u16": (2, "H"), "i16": (3, "h"), "u3
            "f32": (6, "f"), "bool": (7, "?"), "u64": (10, "Q"), "i64": (11, "q"), "f64": (12, "d")}  # fmt: skip
 STRING, ARRAY = 8, 9
 _FORMAT_OF = dict(SCALARS.values())
+_KIND_OF = {code: kind for kind, (code, _) in SCALARS.items()} | {STRING: "string", ARRAY: "array"}
 
 
 @dataclass(frozen=True)
 class KeyValue:
-    """`kind` is a key of SCALARS or "string"; a list value is an array of that kind."""
+    """`kind` is a key of SCALARS or "string"; a list value is an array of that kind. Read only: "array" for arrays of
+    arrays."""
 
     key: str
     kind: str
@@ -77,15 +80,35 @@ def _encoded(entry: KeyValue) -> bytes:
 
 def header(entries: Sequence[KeyValue], tensors: Sequence[TensorEntry]) -> bytes:
     """Everything before the tensor data, padding included."""
-    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(entries))]
-    parts += [_encoded(entry) for entry in entries]
+    parts = [_preamble(entries, len(tensors))]
     offset = 0
     for tensor in tensors:
-        sizes = tensor.shape[::-1]
-        parts += [_string(tensor.name), struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, tensor.type, offset)]
+        parts.append(_row(tensor, offset))
         offset += padded(tensor.bytes)
     raw = b"".join(parts)
     return raw + bytes(padded(len(raw)) - len(raw))
+
+
+def _preamble(entries: Sequence[KeyValue], tensors: int) -> bytes:
+    """Everything before the tensor table."""
+    counts = struct.pack("<IQQ", VERSION, tensors, len(entries))
+    return b"".join([MAGIC, counts, *(_encoded(entry) for entry in entries)])
+
+
+def _row(tensor: TensorEntry, offset: int) -> bytes:
+    """One row of the tensor table."""
+    sizes = tensor.shape[::-1]
+    return _string(tensor.name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, tensor.type, offset)
+
+
+def preamble_bytes(entries: Sequence[KeyValue]) -> int:
+    """Size of a header without its tensor table and padding."""
+    return len(_preamble(entries, 0))
+
+
+def row_bytes(tensor: TensorEntry) -> int:
+    """Size of a tensor's row in the table."""
+    return len(_row(tensor, 0))
 
 
 def file_bytes(entries: Sequence[KeyValue], tensors: Sequence[TensorEntry]) -> int:
@@ -116,13 +139,14 @@ def write(
 
 class GgufFile:
     """A GGUF file read lazily: key-values at birth, tensor bytes on demand. Raises ValueError when it is not one.
+    `entries` are the key-values with their kinds, `values` the same by key.
 
     `type_bytes` maps a ggml type id to (elements, bytes) of its block.
     """
 
     def __init__(self, path: Path, type_bytes: Mapping[int, tuple[int, int]]) -> None:
         self.path = path
-        self.values: dict[str, Any] = {}
+        self.entries: list[KeyValue] = []
         self.tensors: dict[str, TensorEntry] = {}
         self._offsets: dict[str, int] = {}
         self._size = path.stat().st_size
@@ -134,11 +158,11 @@ class GgufFile:
             if version != VERSION:
                 raise ValueError(f"it is GGUF version {version}, this reads {VERSION}")
             for _ in range(entries):
-                key = self._text()
-                self.values[key] = self._value(self._numbers("I")[0])
+                self.entries.append(self._entry())
             for _ in range(tensors):
                 self._tensor(type_bytes)
             self._start = padded(stream.tell())
+        self.values: dict[str, Any] = {entry.key: entry.value for entry in self.entries}
         ends = [self._start + self._offsets[name] + entry.bytes for name, entry in self.tensors.items()]
         needed = max(ends, default=0)
         if self._size < needed:
@@ -149,6 +173,13 @@ class GgufFile:
         mapped."""
         size = self.tensors[name].bytes // parts
         return np.fromfile(self.path, np.uint8, size, offset=self._start + self._offsets[name] + part * size)
+
+    def rows(self, name: str, first: int, last: int) -> npt.NDArray[np.uint8]:
+        """uint8 [last - first, bytes a row]: some rows of a matrix or of a stack of them, as `data` reads."""
+        entry = self.tensors[name]
+        row = entry.bytes // math.prod(entry.shape[:-1])
+        start = self._start + self._offsets[name] + first * row
+        return np.fromfile(self.path, np.uint8, (last - first) * row, offset=start).reshape(last - first, row)
 
     def _take(self, count: int) -> bytes:
         raw = self._stream.read(count) if count <= self._size else b""  # a damaged length must not ask for memory
@@ -162,17 +193,28 @@ class GgufFile:
     def _text(self) -> str:
         return self._take(self._numbers("Q")[0]).decode()
 
+    def _entry(self) -> KeyValue:
+        key, code = self._text(), self._numbers("I")[0]
+        if code == ARRAY:
+            element, values = self._array()
+            return KeyValue(key, _KIND_OF[element], values)
+        return KeyValue(key, _KIND_OF.get(code, ""), self._value(code))
+
     def _value(self, code: int) -> Any:
         if code == STRING:
             return self._text()
         if code == ARRAY:
-            element, count = self._numbers("IQ")
-            if count > self._size:
-                raise ValueError("its header is cut short")
-            if element in (STRING, ARRAY):
-                return [self._value(element) for _ in range(count)]
-            return list(self._numbers(f"{count}{self._format(element)}"))
+            return self._array()[1]
         return self._numbers(self._format(code))[0]
+
+    def _array(self) -> tuple[int, list[Any]]:
+        """Type of the elements, and the elements."""
+        element, count = self._numbers("IQ")
+        if count > self._size:
+            raise ValueError("its header is cut short")
+        if element in (STRING, ARRAY):
+            return element, [self._value(element) for _ in range(count)]
+        return element, list(self._numbers(f"{count}{self._format(element)}"))
 
     def _format(self, code: int) -> str:
         if code not in _FORMAT_OF:

@@ -1,9 +1,9 @@
 """Find for every tensor of a float GGUF file the rows of the checkpoint that it was made of, by comparing values.
 
-A row is known by the hash of its bytes after the cast to the file's dtype, so permuted, fused, split and stacked matrices
-are found alike, in one pass over each file with one tensor in memory. Vectors are compared whole, as they are or with 1
-added (Gemma's norms); a bias may follow the rows of its matrix. Columns must be in order: groups along the inputs would
-not survive anything else, and transposed or rescaled matrices are therefore not found.
+A row is known by the hash of its bytes after the cast to the file's dtype, so permuted, fused, split and stacked
+matrices are found alike, in one pass over each file with one tensor in memory. Vectors are compared whole, as they are
+or with 1 added (Gemma's norms); a bias may follow the rows of its matrix. Columns must be in order: groups along the
+inputs would not survive anything else, and transposed or rescaled matrices are therefore not found.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def row_count(shape: Sequence[int]) -> int:
 def row_hashes(tensor: Tensor) -> Hashes:
     """uint64 [rows]: the hash of each row's bytes; a vector is one row."""
     raw = tensor.contiguous().view(torch.uint8).numpy().reshape(math.prod(tensor.shape[:-1]), -1)
-    digests = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in raw)
+    digests = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in raw)
     return np.frombuffer(digests, np.uint64)
 
 
@@ -71,23 +71,16 @@ def row_hashes(tensor: Tensor) -> Hashes:
 class _Index:
     """Rows of one dtype and one length, of several tensors: sorted by hash once, then searched."""
 
-    owners: list[int] = field(default_factory=list)
-    hashes: list[Hashes] = field(default_factory=list)
+    hashes: dict[int, Hashes] = field(default_factory=dict)
+    starting: dict[int, list[int]] = field(default_factory=dict)  # hash of the first row -> tensors
     _sorted: tuple[Hashes, Rows, Rows] | None = None
-
-    def add(self, owner: int, hashes: Hashes) -> None:
-        self.owners.append(owner)
-        self.hashes.append(hashes)
-
-    def of(self, owner: int) -> Hashes:
-        return self.hashes[self.owners.index(owner)]
 
     def find(self, wanted: Hashes) -> tuple[Rows, Rows, Rows, Rows]:
         """(first, last) into (owner, row) of the rows that have each hash."""
         if self._sorted is None:
-            every = np.concatenate(self.hashes)
-            owner = np.concatenate([np.full(len(part), index) for index, part in zip(self.owners, self.hashes)])  # noqa: B905  # same length
-            row = np.concatenate([np.arange(len(part)) for part in self.hashes])
+            every = np.concatenate(list(self.hashes.values()))
+            owner = np.concatenate([np.full(len(part), index) for index, part in self.hashes.items()])
+            row = np.concatenate([np.arange(len(part)) for part in self.hashes.values()])
             order = np.argsort(every, kind="stable")
             self._sorted = every[order], owner[order], row[order]
         every, owner, row = self._sorted
@@ -101,6 +94,7 @@ class RowMatcher:
         self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], dtypes: Iterable[torch.dtype]
     ) -> None:
         self._names = list(shapes)
+        self._place = {name: index for index, name in enumerate(self._names)}
         self._shapes = [shapes[name] for name in self._names]
         self._read = read
         self._indexes: dict[tuple[torch.dtype, int], _Index] = {}
@@ -118,46 +112,50 @@ class RowMatcher:
             return
         for dtype in dtypes:
             index = self._indexes.setdefault((dtype, tensor.shape[-1]), _Index())
-            index.add(owner, row_hashes(tensor.to(dtype)))
+            index.hashes[owner] = row_hashes(tensor.to(dtype))
+            index.starting.setdefault(int(index.hashes[owner][0]), []).append(owner)
 
     def match(self, tensors: Sequence[FloatTensor], data: Callable[[str], Tensor]) -> Matching:
         """`data` gives the tensor of the file by name, in its dtype and shape."""
         origins: dict[str, Origin] = {}
-        strange = []
-        for tensor in sorted(tensors, key=lambda tensor: len(tensor.shape) == 1):  # biases after their matrices
-            found = self._origin(tensor, data(tensor.name), origins)
-            if found is None:
-                strange.append(tensor.name)
-            else:
-                origins[tensor.name] = found
-                self._cover(found)
+        vectors = [tensor for tensor in tensors if len(tensor.shape) == 1]
+        hashes = {tensor: row_hashes(data(tensor.name)) for tensor in tensors if len(tensor.shape) > 1}
+        # Whole tensors first, so that equal rows elsewhere (of zeros) find theirs untaken; biases after their matrices.
+        for search in (self._whole, self._rows):
+            for tensor in [tensor for tensor in hashes if tensor.name not in origins]:
+                index = self._indexes.get((tensor.dtype, tensor.shape[-1]))
+                self._note(origins, tensor, None if index is None else search(tensor.name, hashes[tensor], index))
+        for tensor in vectors:
+            values = data(tensor.name)
+            self._note(origins, tensor, self._vector(tensor.name, values) or self._bias(tensor.name, values, origins))
+        strange = tuple(tensor.name for tensor in tensors if tensor.name not in origins)
         missing = [name for name, covered in zip(self._names, self._covered, strict=True) if not covered.all()]
-        return Matching(origins, tuple(strange), tuple(missing))
+        return Matching(origins, strange, tuple(missing))
 
-    def _origin(self, tensor: FloatTensor, values: Tensor, known: Mapping[str, Origin]) -> Origin | None:
-        if len(tensor.shape) == 1:
-            return self._vector(tensor.name, values) or self._bias(tensor.name, values, known)
-        index = self._indexes.get((tensor.dtype, tensor.shape[-1]))
-        return None if index is None else self._matrix(tensor.name, row_hashes(values), index)
+    def _note(self, origins: dict[str, Origin], tensor: FloatTensor, found: Origin | None) -> None:
+        if found is None:
+            return
+        origins[tensor.name] = found
+        for name, _, rows in parts(found):
+            self._covered[self._place[name]][rows] = True
 
-    def _matrix(self, name: str, wanted: Hashes, index: _Index) -> Origin | None:
+    def _whole(self, name: str, wanted: Hashes, index: _Index) -> Origin | None:
+        """A tensor that is one of the checkpoint's as it is."""
+        starting = index.starting.get(int(wanted[0]), [])
+        same = [owner for owner in starting if np.array_equal(index.hashes[owner], wanted)]
+        return self._made([self._likeliest(name, same)], None) if same else None
+
+    def _rows(self, name: str, wanted: Hashes, index: _Index) -> Origin | None:
         first, last, owners, rows = index.find(wanted)
         if not bool((first < last).all()):
             return None
-        whole = [
-            int(owner)
-            for owner in dict.fromkeys(owners[first[0] : last[0]].tolist())
-            if np.array_equal(index.of(int(owner)), wanted)
-        ]
-        if whole:
-            return self._made([self._likeliest(name, whole)], None)
         owner, row = owners[first].copy(), rows[first].copy()
-        repeated = np.flatnonzero(last - first > 1)
-        common = np.bincount(owner[last - first == 1], minlength=len(self._names))
-        taken = set(zip(owner.tolist(), row.tolist(), strict=True)) if not len(repeated) else set()
-        for at in repeated.tolist():
+        single = last - first == 1
+        common = np.bincount(owner[single], minlength=len(self._names))
+        taken = set(zip(owner[single].tolist(), row[single].tolist(), strict=True))
+        for at in np.flatnonzero(~single).tolist():  # equal rows: each once, of the tensor that most others come from
             choices = [(int(owners[place]), int(rows[place])) for place in range(first[at], last[at])]
-            choice = min(choices, key=lambda one: (one in taken, -common[one[0]], one))
+            choice = min(choices, key=lambda one: (one in taken or self._covered[one[0]][one[1]], -common[one[0]], one))
             taken.add(choice)
             owner[at], row[at] = choice
         order = list(dict.fromkeys(owner.tolist()))
@@ -178,12 +176,12 @@ class RowMatcher:
         if matrix is None or not name.endswith(".bias"):
             return None
         names = [weight.removesuffix(".weight") + ".bias" for weight in matrix.names]
-        if not set(names) <= set(self._names):
+        if not self._place.keys() >= set(names):
             return None
         pile = torch.cat([self._read(bias).float() for bias in names])
         moved = pile if matrix.rows is None else pile[torch.from_numpy(matrix.rows)]
         same = torch.equal(moved, values.float())
-        return self._made([self._names.index(bias) for bias in names], matrix.rows) if same else None
+        return self._made([self._place[bias] for bias in names], matrix.rows) if same else None
 
     def _likeliest(self, name: str, owners: Sequence[int]) -> int:
         """Among tensors of equal values: one that is not placed yet, of the same block."""
@@ -202,14 +200,6 @@ class RowMatcher:
         if rows is not None and np.array_equal(rows, np.arange(everything)):
             rows = None
         return Origin(tuple(self._names[owner] for owner in owners), shapes, rows)
-
-    def _cover(self, origin: Origin) -> None:
-        start = 0
-        for name, shape in zip(origin.names, origin.shapes, strict=True):
-            covered = self._covered[self._names.index(name)]
-            rows = np.arange(len(covered)) if origin.rows is None else origin.rows - start
-            covered[rows[(rows >= 0) & (rows < len(covered))]] = True
-            start += row_count(shape)
 
 
 def parts(origin: Origin) -> list[tuple[str, Rows, Rows]]:

@@ -10,8 +10,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from exporters.gguf.card import read_card
 from exporters.gguf.container import KeyValue
 from exporters.gguf.names import ARCHITECTURES, gguf_name
+from exporters.gguf.naming import model_name
+from signround.architecture import EMBEDDING
 from signround.files import canonical_json
 from signround.grid import Grid
 from signround.plan import ModelPlan
@@ -21,41 +24,83 @@ GRIDS, FLOAT_TYPE = "signround.grids", "signround.float_type"
 
 def general(plan: ModelPlan, file_type: int) -> list[KeyValue]:
     """`general.*`: the architecture comes first, as every loader expects."""
+    name = model_name(plan.model, plan.parameters)
+    texts = {
+        "architecture": ARCHITECTURES[plan.architecture.family.model_type],
+        "type": "model",
+        "name": name.title,
+        "basename": name.base,
+        "finetune": name.fine_tune,
+        "version": name.version,
+        "size_label": name.size,
+        "quantized_by": "signround",
+    }
     return [
-        KeyValue("general.architecture", "string", ARCHITECTURES[plan.architecture.family.model_type]),
-        KeyValue("general.type", "string", "model"),
-        KeyValue("general.name", "string", plan.model),
-        KeyValue("general.size_label", "string", size_label(plan.parameters)),
-        KeyValue("general.quantized_by", "string", "signround"),
+        *(KeyValue(f"general.{key}", "string", text) for key, text in texts.items() if text),
+        *read_card(plan.files).entries(),
         KeyValue("general.quantization_version", "u32", 2),
         KeyValue("general.file_type", "u32", file_type),
     ]
 
 
-def size_label(parameters: int) -> str:
-    """The size in the spelling of GGUF's naming convention: 4.1M, 26M, 7.2B."""
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if parameters >= unit:
-            value = parameters / unit
-            return f"{value:.1f}{letter}" if value < 10 else f"{value:.0f}{letter}"
-    return str(parameters)
-
-
-def provenance(plan: ModelPlan, fingerprint: str, float_type: str) -> list[KeyValue]:
-    """`signround.*`: scheme, method, fingerprints, and the grid of every quantised tensor, for `read_back`."""
+def planned_grids(plan: ModelPlan) -> list[tuple[str, Grid]]:
+    """(GGUF name, grid) of every quantised tensor of a family that we know."""
     arch = ARCHITECTURES[plan.architecture.family.model_type]
-    grids = _grids_text((gguf_name(layer.name, arch), layer.grid) for layer in plan.layers())
+    return [(gguf_name(layer.name, arch), layer.grid) for layer in plan.layers()]
+
+
+def provenance(plan: ModelPlan, fingerprint: str, float_type: str, grids: Iterable[tuple[str, Grid]]) -> list[KeyValue]:
+    """`signround.*`: scheme, method, fingerprints, and the grid of every quantised tensor, for `read_back`."""
     return [
         KeyValue("signround.scheme", "string", plan.scheme),
-        KeyValue("signround.method", "string", plan.tuning.method),
+        *_tuning(plan),
+        *_importance(plan),
         KeyValue("signround.artifact", "string", fingerprint),
         KeyValue("signround.plan", "string", plan.fingerprint),
         KeyValue(FLOAT_TYPE, "string", float_type),
-        KeyValue(GRIDS, "string", grids),
+        KeyValue(GRIDS, "string", grids_text(grids)),
     ]
 
 
-def _grids_text(named: Iterable[tuple[str, Grid]]) -> str:
+def _tuning(plan: ModelPlan) -> list[KeyValue]:
+    """How the rounding was tuned, and on what text: what decides the integers besides model and scheme."""
+    tuning, calibration = plan.tuning, plan.calibration
+    texts = {
+        "method": tuning.method,
+        "recipe": tuning.recipe,
+        "calibration.source": calibration.source,
+        "calibration.sha256": calibration.sha256,
+    }
+    numbers = {
+        "calibration.samples": tuning.samples,
+        "calibration.seqlen": tuning.seqlen,
+        "iters": tuning.iters,
+        "batch_size": tuning.batch_size,
+        "seed": tuning.seed,
+    }
+    return [
+        *(KeyValue(f"signround.{key}", "string", text) for key, text in texts.items() if text),
+        *(KeyValue(f"signround.{key}", "u64", number) for key, number in numbers.items()),
+    ]
+
+
+def _importance(plan: ModelPlan) -> list[KeyValue]:
+    """Under the keys of `llama-quantize` where calibration measured the importance of inputs; of a matrix that the user
+    gave, its hash: names and paths are no part of a plan."""
+    if plan.imatrix_sha256:
+        return [KeyValue("signround.imatrix.sha256", "string", plan.imatrix_sha256)]
+    if plan.tuning.start != "search":
+        return []
+    seen = [layer for layer in plan.layers() if layer.name != EMBEDDING or plan.architecture.tied]
+    return [
+        KeyValue("quantize.imatrix.dataset", "string", plan.calibration.source),
+        KeyValue("quantize.imatrix.entries_count", "u32", len(seen)),
+        KeyValue("quantize.imatrix.chunks_count", "u32", plan.tuning.samples),
+    ]
+
+
+def grids_text(named: Iterable[tuple[str, Grid]]) -> str:
+    """The value of GRIDS: (GGUF tensor name, grid) of every quantised tensor."""
     tensors: dict[Grid, list[str]] = {}
     for name, grid in dict(named).items():  # experts share a name, and their grid
         tensors.setdefault(grid, []).append(name)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporters.gguf.pre_tokenizer import PROBES
 from exporters.gguf.simulation import Simulation, differing
 
 if TYPE_CHECKING:
@@ -63,6 +64,29 @@ def special_notes(simulation: Simulation, tokenizer: Tokenizer, added: Sequence[
     if not found:
         return []
     return [f"special tokens inside a text, as in {next(iter(found))!r}, are read otherwise by llama.cpp{why}"]
+
+
+def transformers_notes(folder: Path) -> list[str]:
+    """A note when transformers tokenises otherwise than tokenizer.json, which llama.cpp follows: transformers 5 builds
+    some classes (GPT2Tokenizer, LlamaTokenizer) from vocabulary and merges, and ignores how tokenizer.json cuts."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):  # the pipeline refuses it
+        return []
+    encode = encoder(loaded(folder))
+    texts = (*PROBES, f"a{theirs.eos_token} b")
+    other = [text for text in texts if theirs(text, add_special_tokens=False)["input_ids"] != list(encode(text))]
+    if not other:
+        return []
+    name = type(theirs).__name__
+    return [
+        f"{name} of transformers tokenises {len(other)} of {len(texts)} probe texts otherwise than tokenizer.json,"
+        " which llama.cpp follows; calibration and perplexity use transformers"
+    ]
 
 
 def _strips(entry: Json) -> bool:

@@ -16,10 +16,8 @@ from signround.checkpoint import additional_templates
 from signround.errors import refuse
 
 # What llama_vocab::impl::load recognises by text (llama.cpp, src/llama-vocab.cpp).
-EOT = frozenset(
-    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>")
-    + ("[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>")
-)
+EOT = frozenset(["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>"])
+EOT |= {"_<EOT>", "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>"}
 EOM = frozenset(["<|eom_id|>"])
 _OTHER_ENDS = ("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "[EOS]", "<eos>", "<turn|>", "[e~[")
 ENDS = EOT | EOM | frozenset(_OTHER_ENDS) | {"<|tool_response>"}

@@ -8,7 +8,9 @@ only concerns rare texts. Nothing is guessed from model names.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from exporters.gguf.sentencepiece import carry_sentencepiece, carry_sentencepiec
 from exporters.gguf.specials import read_json
 from exporters.gguf.vocabulary import CarriedTokenizer, component_types
 from signround.errors import refuse
+from signround.files import canonical_json
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any], vocabulary: int, pre: str = AUTO) -> CarriedTokenizer:
@@ -25,6 +28,18 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], vocabulary: int, pre
 
     Raises RefusedError when llama.cpp has no tokenizer that behaves like it.
     """
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.model"), *folder.rglob("*.jinja")])
+    stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    return _read_once(folder, canonical_json(config), vocabulary, pre, stamps)
+
+
+@lru_cache(maxsize=4)
+def _read_once(
+    folder: Path, config_text: str, vocabulary: int, pre: str, stamps: tuple[tuple[str, int, int], ...]
+) -> CarriedTokenizer:
+    """A plan asks for its tokenizer several times, and 128 thousand tokens take three seconds to compare. `stamps` tell
+    that the files are the same."""
+    config = json.loads(config_text)
     settings = read_json(folder / "tokenizer_config.json")
     if not (folder / "tokenizer.json").is_file():
         if (folder / "tokenizer.model").is_file():

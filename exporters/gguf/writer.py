@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from exporters.gguf import metadata
-from exporters.gguf.container import KeyValue, TensorEntry, file_bytes, write
+from exporters.gguf.container import KeyValue, TensorEntry, write
 from exporters.gguf.hyperparameters import hyperparameters, rope_tensors
 from exporters.gguf.layout import Slot, file_type, float_bytes, float_type_of, layout
 from exporters.gguf.names import ARCHITECTURES, added, interleaved, rotated_heads_of
 from exporters.gguf.packing import pack
+from exporters.gguf.splits import Part, split
 from exporters.gguf.stripping import name_for_llama_cpp
 from exporters.gguf.vocabulary import CarriedTokenizer
 from signround.errors import FailedError
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 
-FINGERPRINT_LENGTH = 64
+UNKNOWN = "0" * 64  # stands for the fingerprint of an artifact that is not tuned yet
 
 
 def entries_of(plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str, float_type: str) -> list[KeyValue]:
@@ -36,7 +37,7 @@ def entries_of(plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str, f
         *(_named(entry, tokenizer) for entry in general),
         *hyperparameters(plan.architecture),
         *tokenizer.entries(),
-        *metadata.provenance(plan, fingerprint, float_type),
+        *metadata.provenance(plan, fingerprint, float_type, metadata.planned_grids(plan)),
     ]
 
 
@@ -47,10 +48,12 @@ def _named(entry: KeyValue, tokenizer: CarriedTokenizer) -> KeyValue:
     return replace(entry, value=name_for_llama_cpp(entry.value, strips=tokenizer.strips_right))
 
 
-def planned_bytes(plan: ModelPlan, tokenizer: CarriedTokenizer, float_type: str) -> int:
-    """Exact size of the file to come."""
-    entries = entries_of(plan, tokenizer, "0" * FINGERPRINT_LENGTH, float_type)
-    return file_bytes(entries, [slot.entry for slot in layout(plan, float_type)])
+def planned_parts(
+    plan: ModelPlan, tokenizer: CarriedTokenizer, float_type: str, limit: int | None, fingerprint: str = UNKNOWN
+) -> list[Part]:
+    """The files to come, with their exact sizes. Raises ValueError when a tensor does not fit into `limit` bytes."""
+    entries = entries_of(plan, tokenizer, fingerprint, float_type)
+    return split(entries, [slot.entry for slot in layout(plan, float_type)], limit)
 
 
 def write_gguf(
@@ -63,18 +66,21 @@ def write_gguf(
     quantized: Callable[[str], QuantizedTensor],
     kept: Callable[[str], Tensor],
 ) -> Iterator[str]:
-    """Yields the GGUF name of each tensor after it is written. `quantized` and `kept` read by checkpoint name.
+    """The whole model as one file; yields the GGUF name of each tensor after it is written."""
+    (part,) = planned_parts(plan, tokenizer, float_type, None, fingerprint)
+    for entry in write(stream, part.entries, part.tensors, tensor_data(plan, float_type, quantized, kept)):
+        yield entry.name
 
-    Raises FailedError when a kept matrix does not fit the dtype asked for.
+
+def tensor_data(
+    plan: ModelPlan, float_type: str, quantized: Callable[[str], QuantizedTensor], kept: Callable[[str], Tensor]
+) -> Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]:
+    """What reads and lays out one tensor of the file, in parts; `quantized` and `kept` read by checkpoint name.
+
+    The function raises FailedError when a kept matrix does not fit the dtype asked for.
     """
     slots = {slot.entry.name: slot for slot in layout(plan, float_type)}
-
-    def data(entry: TensorEntry) -> Iterator[npt.NDArray[Any]]:
-        return _parts(slots[entry.name], plan, float_type, quantized, kept)
-
-    entries = entries_of(plan, tokenizer, fingerprint, float_type)
-    for entry in write(stream, entries, [slot.entry for slot in slots.values()], data):
-        yield entry.name
+    return lambda entry: _parts(slots[entry.name], plan, float_type, quantized, kept)
 
 
 def _parts(

@@ -41,7 +41,6 @@ Calibration = Annotated[str, typer.Option(help="A text file, hub:NAME, or self: 
 Samples = Annotated[int | None, typer.Option(help="Calibration windows; the recipe's number if not given.")]
 Seqlen = Annotated[int | None, typer.Option(help="Tokens a window.")]
 Iters = Annotated[int | None, typer.Option(help="Tuning steps a block.")]
-EndToEnd = Annotated[int | None, typer.Option(help="Steps on all scales together after the blocks; 0 for none.")]
 BatchSize = Annotated[int | None, typer.Option(help="Windows a step.")]
 Seed = Annotated[int, typer.Option(help="Decides samples and steps; the same seed gives the same bytes.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -70,7 +69,6 @@ def quantize(
     samples: Samples = None,
     seqlen: Seqlen = None,
     iters: Iters = None,
-    end_to_end: EndToEnd = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -88,7 +86,7 @@ def quantize(
     with ProgressDisplay() as progress:
         result = pipeline.quantize(
             model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
-            seqlen=seqlen, iters=iters, end_to_end=end_to_end, batch_size=batch_size, seed=seed, device=device,
+            seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device,
             tensor_types=tensor_type or (), imatrix=imatrix, text=text, options=_options(setting), on_event=progress,
         )  # fmt: skip
     if as_json:
@@ -113,7 +111,6 @@ def plan(
     samples: Samples = None,
     seqlen: Seqlen = None,
     iters: Iters = None,
-    end_to_end: EndToEnd = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -129,7 +126,7 @@ def plan(
 
     job = pipeline.prepare(
         model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
-        seqlen=seqlen, iters=iters, end_to_end=end_to_end, batch_size=batch_size, seed=seed, device=device,
+        seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device,
         tensor_types=tensor_type or (), imatrix=imatrix, options=_options(setting),
     )  # fmt: skip
     description = describe(job)

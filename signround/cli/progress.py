@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from signround.events import BlockTuned, Event, Notice, ScalesTuned, StageAdvanced, StageStarted
+from signround.events import BlockTuned, Event, Notice, StageAdvanced, StageStarted
 from signround.experts import unit_of
 
 MOST_NAMES = 8  # more untuned layers than this are counted, not named
@@ -56,9 +56,6 @@ class ProgressDisplay:
             self._show(event.stage, event.done, event.total, event.detail)
         elif isinstance(event, BlockTuned):
             self.console.print(_block_line(event), soft_wrap=True, markup=False)
-        elif isinstance(event, ScalesTuned):
-            kl = f"mean KL {event.loss_before:.2e} to {event.loss_after:.2e}"
-            self.console.print(f"  all scales together  {kl}, {event.seconds:.1f} s", soft_wrap=True)
         elif isinstance(event, Notice):
             self.console.print(f"[yellow]note[/] {escape(event.text)}", soft_wrap=True)
 

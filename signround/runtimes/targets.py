@@ -9,6 +9,7 @@ from typing import Literal
 from signround.artifact import QuantizedCheckpoint, is_artifact
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import refuse
+from signround.runtimes.gguf_files import model_files
 from signround.runtimes.protocol import Runtime
 
 Kind = Literal["artifact", "gguf", "onnx", "gptq", "checkpoint"]
@@ -51,7 +52,7 @@ def open_target(path: Path, device: str = "cpu") -> Runtime:
     if kind == "gguf":
         from signround.runtimes.llama_cpp import open_llama_cpp
 
-        return open_llama_cpp(gguf_file(path))
+        return open_llama_cpp(model_files(path)[0])
     if kind == "onnx":
         from signround.runtimes.ort import open_onnxruntime
 
@@ -59,14 +60,6 @@ def open_target(path: Path, device: str = "cpu") -> Runtime:
     from signround.runtimes.gptq import open_gptq
 
     return open_gptq(path)
-
-
-def gguf_file(path: Path) -> Path:
-    """The one .gguf file at `path`, a file or a folder."""
-    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        raise refuse(f"the folder holds {len(files)} .gguf files", "give the path of one", str(path))
-    return files[0]
 
 
 def _is_gptq(config: Path) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from signround.artifact import QuantizedCheckpoint
@@ -44,9 +43,7 @@ class TorchBlocks:
                 self.blocks.run_all(self.blocks.block(index), hidden, index)
             head = self.blocks.head()
             for start in range(0, len(hidden), per_batch):
-                with torch.no_grad():
-                    logits = head(hidden[start : start + per_batch])
-                yield logits
+                yield head(hidden[start : start + per_batch])
 
     def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
         """None: this is the reference, one block at a time and without a cache."""

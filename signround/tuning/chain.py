@@ -17,14 +17,13 @@ from signround.architecture import BLOCK, EMBEDDING, HEAD
 from signround.artifact import ArtifactWriter, BlockRecord, QuantizedCheckpoint
 from signround.blocks import DecoderBlocks
 from signround.checkpoint import SourceCheckpoint
-from signround.events import BlockTuned, Listener, ScalesTuned, StageAdvanced
+from signround.events import BlockTuned, Listener, StageAdvanced
 from signround.experts import is_expert, unit_of
 from signround.importance import Importance, InputSquares
 from signround.measure import peak_memory, return_freed_memory
 from signround.plan import BlockPlan, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
-from signround.tuning.end_to_end import EndToEnd
-from signround.tuning.inputs import LinearInputs, recorded, tokens_of
+from signround.tuning.inputs import LinearInputs, recorded, squares_of, tokens_of
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
 from signround.tuning.outer import HeadProblem, quantized_in_slices, tuned_head
@@ -63,8 +62,7 @@ class TuningChain:
     def run(self) -> None:
         """Commit everything that is not there yet."""
         blocks = all(self.writer.has_block(block.index) for block in self.plan.blocks)
-        outer = all(self.writer.has_outer(layer.name) for layer in self.plan.outer_layers)
-        if blocks and outer and (self.writer.has_scales() or not self.settings.end_to_end):
+        if blocks and all(self.writer.has_outer(layer.name) for layer in self.plan.outer_layers):
             return
         if self.settings.method == "rtn":
             self._round_all()
@@ -79,26 +77,7 @@ class TuningChain:
             quantized_chain = self.blocks.embed(self.tokens, embedding).to(home, dtype)
         for block_plan in self.plan.blocks:
             float_chain, quantized_chain = self._block(block_plan, float_chain, quantized_chain)
-        final = float_chain.clone() if self.settings.end_to_end and self._outer_layer(HEAD) else float_chain
         self._head(float_chain, quantized_chain)
-        if self.settings.end_to_end:
-            self._together(final)
-
-    def _together(self, final: Tensor) -> None:
-        """All scales together, against what the float model says."""
-        return_freed_memory()
-        settings = self.settings
-        artifact = QuantizedCheckpoint(self.writer.folder, allow_unfinished=True)
-        work = EndToEnd(self.plan, artifact, self.blocks, self.tokens, final)
-
-        def on_step(done: int) -> None:
-            self.on_event(StageAdvanced("tune", done, settings.end_to_end, "all scales"))
-
-        started = time.monotonic()
-        outcome = work.run(settings.end_to_end, settings.batch_size, settings.held_out, settings.seed, on_step)
-        record = {"steps": settings.end_to_end, "kl_before": outcome.loss_before, "kl_after": outcome.loss_after}
-        self.writer.commit_scales(outcome.fields, record)
-        self.on_event(ScalesTuned(outcome.loss_before, outcome.loss_after, time.monotonic() - started))
 
     def _home(self, dtype: torch.dtype) -> torch.device:
         """Hidden states lie in RAM, or on the GPU when three of them fit in a quarter of its free memory."""
@@ -208,9 +187,9 @@ class TuningChain:
         quantized = {prefix + name: tensor for name, tensor in outcome.tensors.items()}
         kept = {kept.name: self.checkpoint.read(kept.name) for kept in plan.kept}
         inputs = {
-            prefix + name: self._given(prefix + name) or InputSquares(found.squares[None], torch.tensor([found.tokens]))
-            for name, found in (seen or {}).items()
-            if self.settings.start == "search"
+            layer.name: self._given(layer.name) or squares_of(seen, layer.name.removeprefix(prefix), layer.columns)
+            for layer in plan.layers
+            if seen is not None and self.settings.start == "search"
         }
         self.writer.commit_block(plan.index, quantized, kept, record, inputs)
         self._announce(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from exporters.gguf.container import GgufFile
 from exporters.gguf.exporter import GgufExporter
 from exporters.gguf.hyperparameters import rope_factors
 from exporters.gguf.layout import TYPE_BYTES
+from exporters.gguf.naming import size_label
 from exporters.gguf.packing import BLOCK_TYPES, BlockType
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint
@@ -75,7 +77,8 @@ def test_what_goes_in_comes_out(case: tuple[str, str, str], tmp_path: Path) -> N
     exported = exporter.export(artifact, tmp_path / "out", events.append)
     assert exported == exporter.opened(exported.target) == exporter.opened(tmp_path / "out")
     assert exported.target.stat().st_size == exporter.estimated_bytes(artifact.plan)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"model-{case[1]}.gguf"]
+    size = size_label(artifact.plan.parameters)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"model-{size}-{case[1].upper()}.gguf"]
     assert isinstance(events[0], StageStarted)
     assert isinstance(events[-1], StageAdvanced)
     assert events[-1].done == events[-1].total == len(events) - 1
@@ -132,6 +135,17 @@ def test_metadata_is_complete(tmp_path: Path) -> None:
     wanted = {
         "general.architecture": "llama",
         "general.file_type": 2,
+        "general.name": "Model 361K",
+        "general.basename": "model",
+        "general.size_label": "361K",
+        "general.type": "model",
+        "signround.method": "rtn",
+        "signround.recipe": "default",
+        "signround.calibration.source": "self",
+        "signround.calibration.samples": 2,
+        "signround.calibration.seqlen": 16,
+        "signround.iters": 0,
+        "signround.seed": 0,
         "general.quantization_version": 2,
         "general.quantized_by": "signround",
         "llama.context_length": 1024,
@@ -252,7 +266,7 @@ def test_notes_tell_growth_and_sliding_windows(tmp_path: Path) -> None:
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     exporter = GgufExporter()
-    with pytest.raises(RefusedError, match=r"exactly one \.gguf file, found none"):
+    with pytest.raises(RefusedError, match=r"exactly one \.gguf model \(a file or its parts\), found none"):
         exporter.opened(tmp_path)
     foreign = tmp_path / "x.gguf"
     foreign.write_bytes(b"GGML" + bytes(60))
@@ -292,3 +306,48 @@ def test_a_kept_tensor_in_another_dtype_keeps_it(tmp_path: Path) -> None:
     assert isinstance(exported, ExportedModel)
     assert GgufFile(exported.target, TYPE_BYTES).tensors["token_embd.weight"].type == 1
     assert dataclasses.replace(GgufExporter(), pre="auto") == GgufExporter()
+
+
+def test_the_card_of_the_model_is_carried(tmp_path: Path) -> None:
+    """README.md of the folder that was quantised is in the artifact, so that a later export knows the licence too; it
+    is no part of what the model is, so editing it makes no other model."""
+    model = write_small_model(tmp_path / "tiny-300k-v2", "llama")
+    before = SourceCheckpoint(model).sha256
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: org/tiny-1M\n---\n")
+    assert SourceCheckpoint(model).sha256 == before
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g32")
+    target = GgufExporter().export(artifact, tmp_path / "out", silent).target
+    assert target.name == "tiny-300K-v2-W4G32.gguf"
+    wanted = {
+        "general.name": "Tiny 300K v2",
+        "general.version": "v2",
+        "general.license": "apache-2.0",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "Tiny 1M",
+        "general.base_model.0.organization": "org",
+        "general.base_model.0.repo_url": "https://huggingface.co/org/tiny-1M",
+    }
+    values = GgufFile(target, TYPE_BYTES).values
+    assert {key: values.get(key) for key in wanted} == wanted
+    (model / "README.md").write_text("---\nlicense: [\n---\n")
+    settings = settings_for("rtn", context=64, samples=2, seqlen=16)
+    plan = make_plan(SourceCheckpoint(model), "w4g32", settings, CalibrationSpec("self"))
+    assert GgufExporter().refusals(plan) == []
+    assert any("front matter of README.md cannot be read" in note for note in GgufExporter().notes(plan))
+
+
+def test_a_name_that_llama_cpp_takes_for_phi_3(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "my-phi3-chat", "llama", layers=1)
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g32")
+    (problem,) = GgufExporter().refusals(artifact.plan)
+    assert "cannot load it without token '</s>'" in problem.problem
+
+
+def test_a_class_of_transformers_that_ignores_tokenizer_json_is_noted(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "model", "llama", layers=1, tokenizer="llama2")
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g32")
+    assert not [note for note in GgufExporter().notes(artifact.plan) if "transformers" in note]
+    path = artifact.folder / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"}))
+    (note,) = [note for note in GgufExporter().notes(artifact.plan) if "transformers" in note]
+    assert note.startswith("gguf: LlamaTokenizer of transformers tokenises ")

@@ -121,13 +121,6 @@ COVERING = [
     ("qwen2-moe", "w4g32", "qwen2"),
     ("qwen3-moe", "q5_0", "qwen2"),
     ("mixtral", "q8_0", "llama2"),
-    ("gemma2", "q5_0", "llama2"),
-    ("gemma3", "q4_1", "llama2"),
-    ("phi3", "w4g128", "gpt2"),
-    ("phi4-mini-like", "q5_1", "gpt2"),
-    ("smollm3", "q4_1", "llama3"),
-    ("granite", "q8_0", "gpt2"),
-    ("olmo2", "w4g64", "gpt2"),
 ]
 
 

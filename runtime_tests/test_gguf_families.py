@@ -23,13 +23,21 @@ from runtime_tests.test_gguf import log_probabilities, runtime_logits, some_wind
 from signround import quantize
 from signround.events import silent
 from signround.parity import verify
+from signround.runtimes.llama_cpp import open_llama_cpp
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import FAMILIES, write_small_model
+from tests.small_models import write_small_model
 
 if not any(importlib.util.find_spec(module) for module in ("llama_cpp", "xllamacpp")):
     pytest.skip("needs llama-cpp-python or xllamacpp", allow_module_level=True)
 
-NEW = ("gemma2", "gemma3", "phi3", "phi4-mini-like", "smollm3", "granite", "olmo2")
+MIXED = {
+    "gemma2": "q4_k_m", "gemma3": "iq4_xs", "phi3": "q3_k_m", "phi4-mini-like": "q5_k_m", "smollm3": "q2_k",
+    "granite": "mobile", "olmo2": "q6_k",
+}  # fmt: skip
+WHOLE_BLOCKS = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "initializer_range": 0.04,
+}  # fmt: skip
 TABLE_ERROR = 2e-3  # measured 1.0e-3 (gemma2) and 1.3e-3 (gemma3)
 DEEP_ERROR = 3e-3  # the same table through 46 blocks, where neighbouring entries are hit: measured 1.1e-3
 LLAMA3 = {
@@ -132,12 +140,47 @@ def test_phi3_windows_are_ignored_as_the_note_says(tmp_path: Path) -> None:
     assert float(apart[:16].max()) < 1e-3 < float(apart[17:].max())
 
 
-@pytest.mark.parametrize("family", NEW)
-def test_quantised_files_are_verified(family: str, tmp_path: Path) -> None:
+def phi3_tokens(folder: Path) -> None:
+    """Make the tokenizer in `folder` one of Phi-3's kind: special tokens, but for three, swallow spaces after them."""
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocab, merges = data["model"]["vocab"], data["model"]["merges"]
+    for text in ("<|endoftext|>", "<|user|>"):  # in place of the rarest pieces
+        index = vocab.pop("".join(merges.pop()))
+        data["added_tokens"].append({**data["added_tokens"][0], "id": index, "content": text})
+    data["added_tokens"].sort(key=lambda entry: entry["id"])
+    for entry in data["added_tokens"]:
+        entry["rstrip"] = entry["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    data["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_the_name_of_a_model_tells_llama_cpp_how_phi3_reads_special_tokens(strips: bool, tmp_path: Path) -> None:
+    """With "phi3" in its name a file of another tokenizer would not load; with other words Phi-3's would not strip."""
+    from tokenizers import Tokenizer
+
+    name = "tune" if strips else "phi3"
+    model = write_small_model(tmp_path / name, "phi3", tokenizer="llama2", vocab_size=1024, layers=1)
+    if strips:
+        phi3_tokens(model)
+    runtime = open_llama_cpp(write_float_gguf(model, tmp_path / "float.gguf"), threads=1)
+    try:
+        reference = Tokenizer.from_file(str(model / "tokenizer.json"))
+        texts = ["<|user|>\n hello</s>  again<s> \n x<|endoftext|> y" if strips else "hello  again"]
+        for text in texts:
+            wanted = reference.encode(text, add_special_tokens=False).ids
+            assert runtime.tokenize(text, add_special=False) == wanted
+    finally:
+        runtime.close()
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_mixed_files_are_verified(family: str, tmp_path: Path) -> None:
     """Every tensor through gguf-py, logits through llama.cpp: what `signround verify` says."""
-    assert family in FAMILIES
-    model = write_small_model(tmp_path / "model", family, tokenizer="llama2" if "gemma" in family else "llama3")
-    artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g32")
+    tokenizer = "llama2" if "gemma" in family else "llama3"
+    model = write_small_model(tmp_path / "model", family, tokenizer=tokenizer, **WHOLE_BLOCKS)
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", MIXED[family], mixes=True)
     exporter = GgufExporter()
     assert exporter.refusals(artifact.plan) == []
     parity = verify(artifact, exporter, exporter.export(artifact, tmp_path / "gguf", silent), some_windows())
@@ -148,13 +191,16 @@ def test_quantised_files_are_verified(family: str, tmp_path: Path) -> None:
     assert parity.logits.score.mean_kl < 1e-3
 
 
-@pytest.mark.parametrize("family", ["gemma3", pytest.param("phi3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name == "gemma2" else pytest.mark.slow) for name in MIXED]
+)
 def test_the_main_job(family: str, tmp_path: Path) -> None:
-    """Self-written calibration, tuning, export, verification, on a family with norms + 1 and on one with fused linears."""
-    model = write_small_model(tmp_path / "model", family, tokenizer="llama2")
+    """Self-written calibration, tuning of blocks and of all scales together, export, verification."""
+    model = write_small_model(tmp_path / "model", family, tokenizer="llama2", **WHOLE_BLOCKS)
     report = quantize(
-        model, "w4g32", tmp_path / "out", ["gguf"], samples=8, seqlen=32, iters=20, batch_size=4,
+        model, MIXED[family], tmp_path / "out", ["gguf"], samples=8, seqlen=32, iters=20, batch_size=4, end_to_end=4,
     )  # fmt: skip
-    assert report["exports"]["gguf"]["weights"]["exact"] == report["exports"]["gguf"]["weights"]["tensors"]
+    weights = report["exports"]["gguf"]["weights"]
+    assert weights["exact"] == weights["tensors"]
     assert report["exports"]["gguf"]["logits"]["mean_kl"] < 1e-3
     assert any(block["loss_tuned"] < block["loss_rounded"] for block in report["tuning"]["blocks"])

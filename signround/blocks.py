@@ -182,10 +182,9 @@ def _skeleton(config: Mapping[str, Any], architecture: Architecture) -> _Skeleto
     one_layer = copy.deepcopy(whole)
     one_layer.num_hidden_layers = 1
     # sdpa has no place for a cap on the scores
-    attention = "sdpa" if architecture.scales.attention_cap is None else "eager"
-    whole._attn_implementation = attention
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(one_layer, dtype=torch.float32, attn_implementation=attention)
+    whole._attn_implementation = "sdpa" if architecture.scales.attention_cap is None else "eager"
+    with torch.device("meta"):  # eager is what every class takes; this model is never run
+        model = AutoModelForCausalLM.from_config(one_layer, dtype=torch.float32, attn_implementation="eager")
     rotary = type(model.model.rotary_emb)(config=whole)
     local = architecture.family.local_rope
     return _Skeleton(whole, type(model.model.layers[0]), model.model.norm, rotary, local)

@@ -7,7 +7,7 @@ ones are cut and short ones packed, and none is dropped; the windows are drawn f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from signround.architecture import EMBEDDING
+from signround.architecture import EMBEDDING, Architecture, read_architecture
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import FailedError, refuse
 from signround.events import Listener, StageAdvanced
@@ -221,7 +221,7 @@ def self_written(
     model = model.to(settings.device)
     generator = torch.Generator(settings.device).manual_seed(settings.seed)
     windows = torch.full((count, settings.seqlen), first, dtype=torch.int64)
-    batch = writing_batch(checkpoint.config, settings.seqlen)
+    batch = writing_batch(read_architecture(checkpoint.config), settings.seqlen)
     with _threads_for(checkpoint.config["hidden_size"]):
         for start in range(0, count, batch):
             part = windows[start : start + batch]
@@ -259,13 +259,11 @@ def _write(model: Any, windows: Tensor, generator: torch.Generator) -> Iterator[
             yield column[:, 0]
 
 
-def cache_bytes(config: Mapping[str, Any], seqlen: int) -> int:
+def cache_bytes(architecture: Architecture, seqlen: int) -> int:
     """Key-value cache of one window in 16 bits."""
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return int(2 * config["num_hidden_layers"] * heads * head_dim * seqlen * 2)
+    return 2 * architecture.layers * architecture.width("keys") * seqlen * 2
 
 
-def writing_batch(config: Mapping[str, Any], seqlen: int) -> int:
+def writing_batch(architecture: Architecture, seqlen: int) -> int:
     """Windows written together: as many as a KV cache of 512 MiB (bf16) holds, at most 64."""
-    return int(max(1, min(64, (512 << 20) // cache_bytes(config, seqlen))))
+    return max(1, min(64, (512 << 20) // cache_bytes(architecture, seqlen)))

@@ -89,6 +89,8 @@ def _activation_bytes(plan: ModelPlan, windows: int) -> int:
     architecture = plan.architecture
     copies = 3 * architecture.mixture.used if architecture.mixture else 0
     widths = (12 + copies) * architecture.hidden + 6 * architecture.active_intermediate
+    if architecture.scales.attention_cap is not None:  # scores are written out: product, cap, mask, softmax
+        widths += 6 * architecture.heads * plan.tuning.seqlen
     return windows * plan.tuning.seqlen * widths * 4
 
 
@@ -111,10 +113,10 @@ def _evaluation_bytes(plan: ModelPlan, layer: int) -> int:
 
 def _writing_bytes(job: Job) -> int:
     """The whole model in its own dtype, the key-value cache and what it is copied to, logits and probabilities."""
-    config, seqlen = job.checkpoint.config, job.plan.tuning.seqlen
-    batch = writing_batch(config, seqlen)
+    architecture, seqlen = job.plan.architecture, job.plan.tuning.seqlen
+    batch = writing_batch(architecture, seqlen)
     weights = sum(info.bytes for info in job.checkpoint.tensors.values())
-    return weights + 2 * batch * cache_bytes(config, seqlen) + 4 * batch * job.plan.architecture.vocabulary * 4
+    return weights + 2 * batch * cache_bytes(architecture, seqlen) + 4 * batch * architecture.vocabulary * 4
 
 
 def tuning_seconds(job: Job) -> float:

@@ -23,7 +23,8 @@ class InputSquares:
     """`sums` float32 [experts, columns]: squares of each input, summed over the tokens that reached the expert;
     `counts` int64 [experts]: how many those were. An ordinary linear is one expert.
 
-    Raises ValueError when shapes or dtypes differ, a sum is negative or not finite, or no expert saw a token.
+    Raises ValueError when shapes or dtypes differ, a sum is negative or not finite, or there are sums of no tokens. An
+    expert of its own that no token reached has zeros in both.
     """
 
     sums: Tensor
@@ -38,7 +39,8 @@ class InputSquares:
             raise ValueError("it holds NaN or Inf")
         if bool((self.sums < 0).any()):
             raise ValueError("it holds a negative sum of squares")
-        if bool((self.counts < 0).any()) or not bool((self.counts > 0).any()):
+        nothing = not bool((self.counts > 0).any()) and bool(self.sums.any())
+        if bool((self.counts < 0).any()) or nothing:
             raise ValueError("no token reached the weight (all counts are zero or negative)")
 
     @property
@@ -76,8 +78,8 @@ class Importance:
 class ImportanceFiles(Protocol):
     """An exporter whose runtime has files of importance matrices."""
 
-    def write_importance(self, importance: Importance, path: Path) -> None:
-        """Whole or absent; equal input gives equal bytes."""
+    def write_importance(self, importance: Importance, path: Path, plan: ModelPlan) -> None:
+        """Whole or absent; equal input gives equal bytes. Experts of the plan that were not measured are unseen."""
         ...
 
     def read_importance(self, path: Path, plan: ModelPlan) -> Importance:

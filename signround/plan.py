@@ -71,10 +71,13 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The whole job on one model. `scheme` is what the user asked for, `file_type` the mix of llama.cpp that it stands
-    for ("" when it is one grid; `mixes.FILE_TYPES`). `outer` and `outer_layers` are the tensors outside the blocks: kept ones, and those
-    that a file type quantises (embedding, head). `imatrix_sha256` names the importance matrix that the user gave (""
-    when it is measured). `files` is the folder that holds config.json and the tokenizer files."""
+    """The whole job on one model.
+
+    `scheme` is what the user asked for, `file_type` the mix of llama.cpp that it stands for ("" when it is one grid;
+    `mixes.FILE_TYPES`). `outer` and `outer_layers` are the tensors outside the blocks: kept ones, and those that a file
+    type quantises (embedding, head). `imatrix_sha256` names the importance matrix that the user gave ("" when it is
+    measured). `files` is the folder that holds config.json and the tokenizer files.
+    """
 
     model: str
     source_sha256: str

@@ -119,8 +119,6 @@ def _flat(given: Mapping[str, Any], config: Mapping[str, Any], theta: float) -> 
     parameters.setdefault("rope_theta", theta)
     if "partial_rotary_factor" in config:
         parameters.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
-    if "long_factor" in parameters and parameters["rope_type"] in ("su", "yarn"):  # names of Phi-3's first releases
-        parameters["rope_type"] = "longrope"
     return parameters
 
 

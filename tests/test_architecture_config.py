@@ -191,6 +191,123 @@ def test_windows_follow_each_family() -> None:
     assert _windows("qwen3", sliding_window=8, use_sliding_window=True, layer_types=types) == (None, 8, None)
 
 
+def family_config(model_type: str, **changes: Any) -> dict[str, Any]:
+    return LLAMA | {"model_type": model_type, "architectures": [FAMILIES[model_type].hf_class]} | changes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "windows"),
+    [
+        ("gemma2", {}, (4096, None, 4096)),
+        (
+            "gemma2",
+            {"sliding_window": 8, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+            (None, None, 8),
+        ),
+        ("gemma3_text", {"sliding_window": 8}, (8, 8, 8)),
+        ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 2}, (8, None, 8)),
+        ("phi3", {}, (None, None, None)),
+        ("phi3", {"sliding_window": 8}, (8, 8, 8)),
+        ("smollm3", {"sliding_window": 8, "no_rope_layer_interval": 2}, (None, None, None)),
+        ("smollm3", {"sliding_window": 8, "use_sliding_window": True, "no_rope_layer_interval": 2}, (None, 8, None)),
+        ("granite", {"sliding_window": 8}, (None, None, None)),
+        ("olmo2", {"sliding_window": 8}, (None, None, None)),
+    ],
+)
+def test_windows_of_the_later_families(
+    model_type: str, changes: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert read_architecture(family_config(model_type, **changes)).windows == windows
+
+
+def test_gemma3_rotates_windowed_blocks_by_their_own_theta() -> None:
+    """Configurations of transformers 4 (the published ones) and of 5."""
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    new = {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        }
+    }
+    for spelling in (old, new):
+        ours = read_architecture(family_config("gemma3_text", sliding_window_pattern=2, **spelling))
+        assert [(rope.kind, rope.theta, rope.factor) for rope in ours.ropes if rope is not None] == [
+            ("default", 2e4, 1.0), ("linear", 1e6, 8.0), ("default", 2e4, 1.0),
+        ]  # fmt: skip
+        assert ours.rope == ours.ropes[1]
+
+
+def test_smollm3_has_blocks_without_positions() -> None:
+    assert [rope is None for rope in read_architecture(family_config("smollm3", no_rope_layers=[1, 0, 1])).ropes] == [
+        False, True, False,
+    ]  # fmt: skip
+
+
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+}
+
+
+def test_longrope_of_phi3() -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    given = {"max_position_embeddings": 4096, "original_max_position_embeddings": 512}
+    config = family_config("phi3", **given, rope_scaling=LONGROPE)
+    rope = read_architecture(config).rope
+    theirs = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "architectures"})
+    _, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, "cpu")
+    assert (rope.kind, rope.original_context, rope.attention_factor) == ("longrope", 512, pytest.approx(factor))
+    assert (rope.short_factors[1], rope.long_factors[-1], len(rope.long_factors)) == (1.5, 9.0, 8)
+
+
+def test_partial_rotation_of_phi3() -> None:
+    rope = read_architecture(family_config("phi3", partial_rotary_factor=0.75)).rope
+    assert rope.dimensions(16) == 12
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "fragment"),
+    [
+        (
+            "gemma2",
+            {"hidden_activation": "gelu"},
+            "hidden_activation 'gelu' is not supported, only 'gelu_pytorch_tanh'",
+        ),
+        ("gemma2", {"sliding_window": None}, "sliding_window is None, Gemma2ForCausalLM needs"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}}, "'yarn'"),
+        ("phi3", {"rope_scaling": LONGROPE | {"long_factor": [1.0]}}, "8 short and 1 long factors, 8 of each"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ("phi3", {"rope_scaling": LONGROPE | {"type": "su"}}, "'su'"),  # the first releases; transformers 5 fails too
+        ("phi3", {"hidden_act": "gelu"}, "'gelu'"),
+        ("smollm3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, GraniteForCausalLM rotates whole"),
+        ("olmo2", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(model_type: str, changes: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        read_architecture(family_config(model_type, **changes))
+    assert fragment in str(caught.value)
+
+
+def test_gemma3_with_images_is_another_model() -> None:
+    with pytest.raises(RefusedError, match="Gemma3ForConditionalGeneration"):
+        read_architecture({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]})
+
+
+def test_scales_of_each_family() -> None:
+    assert read_architecture(LLAMA).scales.attention == 0.25
+    gemma = read_architecture(family_config("gemma2", query_pre_attn_scalar=64)).scales
+    assert (gemma.embedding, gemma.attention, gemma.attention_cap, gemma.logits_cap) == (8.0, 0.125, 50.0, 30.0)
+    granite = read_architecture(family_config("granite", attention_multiplier=0.5, logits_scaling=4)).scales
+    assert (granite.attention, granite.logits, granite.residual, granite.embedding) == (0.5, 4.0, 1.0, 1.0)
+
+
 def test_a_tied_model_has_no_head() -> None:
     assert HEAD not in read_architecture(LLAMA | {"tie_word_embeddings": True}).outer()
     assert read_architecture(LLAMA | {"tie_word_embeddings": False}).outer()[HEAD] == (100, 64)

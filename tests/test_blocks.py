@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,36 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sharded": ("llama-untied", {"shard_bytes": 200_000}),
     "fp16": ("llama", {"dtype": torch.float16}),
     "fp32": ("qwen2", {"dtype": torch.float32}),
-}
+    "gemma2-uncapped": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-pattern": ("gemma2", {"num_hidden_layers": 3, "layer_types": None}),
+    "gemma3-pattern": ("gemma3", {"num_hidden_layers": 7, "layer_types": None}),
+    "gemma3-local-theta": ("gemma3", {"rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3e3}}}),
+    "phi3-window": ("phi3", {"sliding_window": 16}),
+    "longrope-long": ("phi4-mini-like", {"original_max_position_embeddings": 32}),
+    "smollm3-own-pattern": ("smollm3", {"no_rope_layers": [0, 1, 1, 0]}),
+    "smollm3-windows": ("smollm3", {"use_sliding_window": True, "sliding_window": 16}),
+    "granite-biased": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "olmo2-biased": ("olmo2", {"attention_bias": True}),
+}  # fmt: skip
+NUMBERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "scores' cap": ("gemma2", {"attn_logit_softcapping": 1.5}),
+    "logits' cap": ("gemma2", {"final_logit_softcapping": 4.0}),
+    "scores' scale": ("gemma2", {"query_pre_attn_scalar": 32}),
+    "window": ("gemma3", {"sliding_window": 24}),
+    "which blocks have it": ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]}),
+    "global theta": ("gemma3", {"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e4}}}),
+    "local theta": ("gemma3", {"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e5}}}),
+    "rotating part": ("phi4-mini-like", {"original_max_position_embeddings": 32}),
+    "blocks without positions": ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
+    "embedding": ("granite", {"embedding_multiplier": 2.5}),
+    "attention": ("granite", {"attention_multiplier": 0.2}),
+    "residual": ("granite", {"residual_multiplier": 0.6}),
+    "logits": ("granite", {"logits_scaling": 3.0}),
+}  # fmt: skip
 WINDOWS = torch.randint(3, 512, (3, 64), generator=torch.Generator().manual_seed(0))
 
 
@@ -54,6 +84,21 @@ def test_block_by_block_is_the_whole_model(variant: str, tmp_path: Path) -> None
     found = torch.cat(list(float_model(SourceCheckpoint(folder)).logits(WINDOWS)))
     assert found.dtype == torch.float32
     assert relative_error(found, transformers_logits(folder, WINDOWS)) <= 1e-5
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_number_matters(number: str, tmp_path: Path) -> None:
+    """Or equality with transformers would prove nothing: with another number the same weights give other logits, and
+    ours follow."""
+    family, changes = NUMBERS[number]
+    folder = write_small_model(tmp_path / "model", family)
+    before = transformers_logits(folder, WINDOWS)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    after = transformers_logits(folder, WINDOWS)
+    assert relative_error(after, before) > 1e-3
+    found = torch.cat(list(float_model(SourceCheckpoint(folder)).logits(WINDOWS)))
+    assert relative_error(found, after) <= 1e-5
 
 
 def test_a_sliding_window_matters(tmp_path: Path) -> None:

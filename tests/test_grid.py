@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from signround.codebooks import CODEBOOKS
 from signround.formats import grid_for, scheme_names
 from signround.grid import (
-    CODEBOOKS,
     Grid,
     grouped,
     half_through,

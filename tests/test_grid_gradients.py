@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from signround.grid import CODEBOOKS, Grid, grouped
+from signround.codebooks import CODEBOOKS
+from signround.grid import Grid, grouped
 from tests.test_grid import GRIDS, cases
 
 Array = np.ndarray[Any, Any]

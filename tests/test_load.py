@@ -20,7 +20,9 @@ WINDOWS = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed
 @pytest.mark.parametrize(
     ("family", "scheme"),
     [("llama", "w4g32"), ("llama-untied", "w2g64-asym"), ("llama-biased", "q4_1"), ("llama3-rope", "w3g128"),
-     ("mistral", "w8gc"), ("qwen2", "q5_1"), ("qwen3", "w4g128-asym")],
+     ("mistral", "w8gc"), ("qwen2", "q5_1"), ("qwen3", "w4g128-asym"),
+     ("gemma2", "w4g32"), ("gemma3", "q4_1"), ("phi3", "w4g64"), ("phi4-mini-like", "w4g32"), ("smollm3", "w4g32"),
+     ("granite", "w4g32"), ("olmo2", "w4g32")],
 )  # fmt: skip
 def test_the_loaded_model_is_the_tuned_one(family: str, scheme: str, tmp_path: Path) -> None:
     artifact = write_rounded_artifact(write_small_model(tmp_path / "model", family), tmp_path / "artifact", scheme)

@@ -16,7 +16,7 @@ from signround.checkpoint import SourceCheckpoint
 from signround.errors import RefusedError
 from signround.plan import CalibrationSpec, ModelPlan, make_plan
 from signround.recipes import TuningSettings, settings_for
-from tests.small_models import write_small_model
+from tests.small_models import FAMILIES, write_small_model
 
 SELF = CalibrationSpec("self")
 
@@ -64,6 +64,19 @@ def test_reasons_name_the_kind_of_tensor(tmp_path: Path) -> None:
     assert "embedding" in reasons["model.embed_tokens.weight"]
     assert "norm" in reasons["model.layers.0.input_layernorm.weight"]
     assert "bias" in reasons["model.layers.1.self_attn.q_proj.bias"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_is_in_the_plan_and_an_unknown_one_is_refused(family: str, tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "model", family)
+    plan = plan_of(model)
+    listed = [layer.name for layer in plan.layers()] + [kept.name for kept in plan.kept()]
+    assert sorted(listed) == sorted(SourceCheckpoint(model).tensors)
+    edit(model, lambda tensors: tensors.update({"model.layers.0.mlp.shared.weight": torch.zeros(4)}))
+    with pytest.raises(
+        RefusedError, match=r"model\.layers\.0\.mlp\.shared\.weight: a tensor that \w+ForCausalLM does not"
+    ):
+        plan_of(model)
 
 
 def test_ragged_groups_are_noted(folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from exporters.gguf.bits import Bytes, Values, pack_bits, pack_halves, unpack_bits, unpack_halves
+from exporters.gguf.bits import Bytes, Values, joined, pack_bits, pack_halves, unpack_bits, unpack_halves
 
 Fields = tuple[Values, ...]
 Parts = tuple[Bytes, Fields]
@@ -18,10 +18,6 @@ THREE, FOUR, TOP_BIT = np.uint8(3), np.uint8(4), np.uint8(0x80)
 # The file's FP4 is a sign bit and a magnitude index; a code of ours is the rank of the value (`CODEBOOKS["e2m1"]`).
 NIBBLE_OF_RANK = np.array([15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7], dtype=np.uint8)
 RANK_OF_NIBBLE = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0], dtype=np.uint8)
-
-
-def _joined(*parts: Bytes) -> Bytes:
-    return np.concatenate(parts, axis=1)
 
 
 def pack_nibbles(codes: Bytes) -> Bytes:
@@ -46,7 +42,7 @@ def unpack_fifth_bits(raw: Bytes) -> Bytes:
 
 def pack_q4_0(codes: Bytes, fields: Fields) -> Bytes:
     """[d 2][nibbles 16] = 18 bytes; w = d * (c - 8)."""
-    return _joined(pack_halves(fields[0]), pack_nibbles(codes))
+    return joined(pack_halves(fields[0]), pack_nibbles(codes))
 
 
 def unpack_q4_0(raw: Bytes) -> Parts:
@@ -55,7 +51,7 @@ def unpack_q4_0(raw: Bytes) -> Parts:
 
 def pack_q4_1(codes: Bytes, fields: Fields) -> Bytes:
     """[d 2][m 2][nibbles 16] = 20 bytes; w = d * c + m, m = -minimum."""
-    return _joined(pack_halves(fields[0]), pack_halves(-fields[1]), pack_nibbles(codes))
+    return joined(pack_halves(fields[0]), pack_halves(-fields[1]), pack_nibbles(codes))
 
 
 def unpack_q4_1(raw: Bytes) -> Parts:
@@ -64,7 +60,7 @@ def unpack_q4_1(raw: Bytes) -> Parts:
 
 def pack_q5_0(codes: Bytes, fields: Fields) -> Bytes:
     """[d 2][fifth bits 4][nibbles 16] = 22 bytes; w = d * (c - 16)."""
-    return _joined(pack_halves(fields[0]), pack_fifth_bits(codes), pack_nibbles(codes))
+    return joined(pack_halves(fields[0]), pack_fifth_bits(codes), pack_nibbles(codes))
 
 
 def unpack_q5_0(raw: Bytes) -> Parts:
@@ -74,7 +70,7 @@ def unpack_q5_0(raw: Bytes) -> Parts:
 def pack_q5_1(codes: Bytes, fields: Fields) -> Bytes:
     """[d 2][m 2][fifth bits 4][nibbles 16] = 24 bytes; w = d * c + m, m = -minimum."""
     head = pack_halves(fields[0]), pack_halves(-fields[1])
-    return _joined(*head, pack_fifth_bits(codes), pack_nibbles(codes))
+    return joined(*head, pack_fifth_bits(codes), pack_nibbles(codes))
 
 
 def unpack_q5_1(raw: Bytes) -> Parts:
@@ -84,7 +80,7 @@ def unpack_q5_1(raw: Bytes) -> Parts:
 
 def pack_q8_0(codes: Bytes, fields: Fields) -> Bytes:
     """[d 2][int8 x 32] = 34 bytes; w = d * (c - 128), so code 0 is the byte -128 (legal: ggml multiplies in int)."""
-    return _joined(pack_halves(fields[0]), codes ^ TOP_BIT)  # c - 128 as int8 is c with the top bit flipped
+    return joined(pack_halves(fields[0]), codes ^ TOP_BIT)  # c - 128 as int8 is c with the top bit flipped
 
 
 def unpack_q8_0(raw: Bytes) -> Parts:
@@ -96,7 +92,7 @@ def pack_q2_0(codes: Bytes, fields: Fields) -> Bytes:
 
     Our code means scale * (c - 2), which is -scale * (q - 1) with q = 3 - c: the same four levels, mirrored.
     """
-    return _joined(pack_halves(-fields[0]), pack_bits(THREE - codes, 2, 1))
+    return joined(pack_halves(-fields[0]), pack_bits(THREE - codes, 2, 1))
 
 
 def unpack_q2_0(raw: Bytes) -> Parts:
@@ -106,7 +102,7 @@ def unpack_q2_0(raw: Bytes) -> Parts:
 def pack_mxfp4(codes: Bytes, fields: Fields) -> Bytes:
     """[e 1][nibbles 16] = 17 bytes; w = 2^(e - 128) * level, a nibble is sign << 3 | index of the magnitude among
     0 1 2 3 4 6 8 12 (doubled E2M1). Never writes the second zero, nibble 8."""
-    return _joined(fields[0], pack_nibbles(NIBBLE_OF_RANK[codes]))
+    return joined(fields[0], pack_nibbles(NIBBLE_OF_RANK[codes]))
 
 
 def unpack_mxfp4(raw: Bytes) -> Parts:

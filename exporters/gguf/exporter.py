@@ -180,9 +180,10 @@ class GgufExporter:
                 weight = tensor.read(part * rows, (part + 1) * rows).reshape(checkpoint_shape(name, tensor.shape))
                 yield owner, torch.from_numpy(weight.copy() if heads is None else halved(weight, heads))
 
-    def write_importance(self, importance: Importance, path: Path) -> None:
+    def write_importance(self, importance: Importance, path: Path, plan: ModelPlan) -> None:
         """llama.cpp's GGUF importance matrix, which `llama-quantize --imatrix` takes. See `ImportanceFiles`."""
-        write_imatrix(path, imatrix_of(importance))
+        mixture = plan.architecture.mixture
+        write_imatrix(path, imatrix_of(importance, mixture.experts if mixture else 1))
 
     def read_importance(self, path: Path, plan: ModelPlan) -> Importance:
         """What `llama-imatrix` wrote, in its GGUF or its older .dat form. See `ImportanceFiles`."""

@@ -90,22 +90,22 @@ def read_imatrix(path: Path) -> Imatrix:
         ) from error
 
 
-def imatrix_of(importance: Importance) -> Imatrix:
-    """Checkpoint names to GGUF names; experts with names of their own become one stack.
+def imatrix_of(importance: Importance, experts: int = 1) -> Imatrix:
+    """Checkpoint names to GGUF names; the `experts` of a model, which have names of their own, become one stack.
 
-    Raises KeyError for a name that GGUF has no place for, ValueError when experts of a stack are missing.
+    An expert that nothing was measured for has zeros, as in `llama-imatrix`. Raises KeyError for a name that GGUF has
+    no place for.
     """
     stacks: dict[str, dict[int, InputSquares]] = {}
     for name, squares in importance.squares.items():
         stacks.setdefault(gguf_name(name), {})[_expert(name) or 0] = squares
     entries = {}
     for name, stack in stacks.items():
-        if sorted(stack) != list(range(len(stack))):
-            raise ValueError(f"{name}: experts {sorted(stack)} are not a whole stack")
-        parts = [stack[index] for index in range(len(stack))]
-        entries[name] = InputSquares(
-            torch.cat([part.sums for part in parts]), torch.cat([part.counts for part in parts])
-        )
+        columns = next(iter(stack.values())).sums.shape[1]
+        nothing = (torch.zeros(1, columns), torch.zeros(1, dtype=torch.int64))
+        count = max(experts, max(stack) + 1) if STACKED in name else 1
+        parts = [(stack[index].sums, stack[index].counts) if index in stack else nothing for index in range(count)]
+        entries[name] = InputSquares(torch.cat([sums for sums, _ in parts]), torch.cat([counts for _, counts in parts]))
     return Imatrix(entries, (importance.dataset,), importance.chunks, importance.chunk_size)
 
 
@@ -175,6 +175,8 @@ def _squares(name: str, sums: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Inp
     """Checked at birth; the error names the tensor."""
     if not (np.isfinite(counts).all() and len(counts) and len(sums) % len(counts) == 0):
         raise ValueError(f"{name}: {len(sums)} sums do not go with counts {counts[:3].tolist()}")
+    if not (counts > 0).any():
+        raise ValueError(f"{name}: no token reached the weight (all counts are zero or negative)")
     whole = torch.from_numpy((counts + 0.5).astype(np.int64))  # counts are whole numbers in float32
     try:
         return InputSquares(torch.from_numpy(sums.astype(np.float32)).reshape(len(counts), -1), whole)

@@ -128,8 +128,9 @@ def pack(tensor: QuantizedTensor) -> Bytes:
     fields = tuple(of_blocks(name) for name in kind.grid.layout(1, kind.elements))
     codes = tensor.codes.numpy().reshape(-1, kind.elements)
     packed = np.empty((len(codes), kind.bytes), dtype=np.uint8)
-    for start in range(0, len(codes), CHUNK // kind.elements):
-        part = slice(start, start + CHUNK // kind.elements)
+    step = CHUNK // kind.elements
+    for start in range(0, len(codes), step):
+        part = slice(start, start + step)
         packed[part] = kind.pack(codes[part], tuple(field[part] for field in fields))
     return packed.reshape(rows, -1)
 

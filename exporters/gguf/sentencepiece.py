@@ -14,6 +14,7 @@ from exporters.gguf.probing import Json, around, encoder, ids_by_text, loaded, s
 from exporters.gguf.sentencepiece_model import read_sentencepiece
 from exporters.gguf.simulation import Simulation, differing
 from exporters.gguf.specials import chat_templates, read_specials
+from exporters.gguf.stripping import strips_like_phi3
 from exporters.gguf.vocabulary import (
     NORMAL,
     SPACE,
@@ -50,16 +51,19 @@ def carry_sentencepiece(folder: Path, data: Json, config: Json, vocabulary: int)
     scores = _score_table(tokens, types, _ranked(folder, model), added)
     tokenizer = loaded(folder)
     prefix, prefix_notes = _space_prefix(tokenizer)
+    table = Vocabulary(tuple(tokens), tuple(types), scores=tuple(scores))
+    strips = strips_like_phi3(table, added)
     carried = CarriedTokenizer(
         model="llama",
         pre="default",
-        vocabulary=Vocabulary(tuple(tokens), tuple(types), scores=tuple(scores)),
+        vocabulary=table,
         specials=read_specials(
             folder, ids_by_text(data), config, vocabulary, around=around(tokenizer), unknown=unknown
         ),
         templates=chat_templates(folder),
         add_space_prefix=prefix,
-        notes=tuple(notes + prefix_notes + stripping_notes(added)),
+        notes=tuple(notes + prefix_notes + ([] if strips else stripping_notes(added))),
+        strips_right=strips,
     )
     simulation = Simulation(carried)
     _compare_merging(simulation, tokenizer, [text for text in PROBES if not (prefix_notes and text.startswith(" "))])

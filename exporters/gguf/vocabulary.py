@@ -33,7 +33,8 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class CarriedTokenizer:
-    """Everything that a GGUF file says of its tokenizer. `notes` is what llama.cpp will do otherwise."""
+    """Everything that a GGUF file says of its tokenizer. `notes` is what llama.cpp will do otherwise; `strips_right`:
+    special tokens swallow the spaces after them in the one way that llama.cpp knows (`stripping.py`)."""
 
     model: str
     pre: str
@@ -42,6 +43,7 @@ class CarriedTokenizer:
     templates: Mapping[str, str]
     add_space_prefix: bool | None = None
     notes: tuple[str, ...] = ()
+    strips_right: bool = False
 
     def noting(self, notes: Sequence[str]) -> CarriedTokenizer:
         """The same with more notes."""

@@ -7,6 +7,7 @@ makes the file whole or absent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import IO, Any
 
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from exporters.gguf.layout import Slot, file_type, float_bytes, float_type_of, l
 from exporters.gguf.names import ARCHITECTURES, added, interleaved, rotated_heads_of
 from exporters.gguf.packing import pack
 from exporters.gguf.splits import Part, split
+from exporters.gguf.stripping import name_for_llama_cpp
 from exporters.gguf.vocabulary import CarriedTokenizer
 from signround.errors import FailedError
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
@@ -30,12 +32,20 @@ UNKNOWN = "0" * 64  # stands for the fingerprint of an artifact that is not tune
 
 def entries_of(plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str, float_type: str) -> list[KeyValue]:
     """Every key-value of the file, in order."""
+    general = metadata.general(plan, file_type(plan, float_type))
     return [
-        *metadata.general(plan, file_type(plan, float_type)),
+        *(_named(entry, tokenizer) for entry in general),
         *hyperparameters(plan.architecture),
         *tokenizer.entries(),
         *metadata.provenance(plan, fingerprint, float_type, metadata.planned_grids(plan)),
     ]
+
+
+def _named(entry: KeyValue, tokenizer: CarriedTokenizer) -> KeyValue:
+    """llama.cpp reads more out of the model's name than a name."""
+    if entry.key != "general.name":
+        return entry
+    return replace(entry, value=name_for_llama_cpp(entry.value, strips=tokenizer.strips_right))
 
 
 def planned_parts(

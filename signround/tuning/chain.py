@@ -23,7 +23,7 @@ from signround.importance import Importance, InputSquares
 from signround.measure import peak_memory, return_freed_memory
 from signround.plan import BlockPlan, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
-from signround.tuning.inputs import LinearInputs, recorded, tokens_of
+from signround.tuning.inputs import LinearInputs, recorded, squares_of, tokens_of
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
 from signround.tuning.outer import HeadProblem, quantized_in_slices, tuned_head
@@ -187,9 +187,9 @@ class TuningChain:
         quantized = {prefix + name: tensor for name, tensor in outcome.tensors.items()}
         kept = {kept.name: self.checkpoint.read(kept.name) for kept in plan.kept}
         inputs = {
-            prefix + name: self._given(prefix + name) or InputSquares(found.squares[None], torch.tensor([found.tokens]))
-            for name, found in (seen or {}).items()
-            if self.settings.start == "search"
+            layer.name: self._given(layer.name) or squares_of(seen, layer.name.removeprefix(prefix), layer.columns)
+            for layer in plan.layers
+            if seen is not None and self.settings.start == "search"
         }
         self.writer.commit_block(plan.index, quantized, kept, record, inputs)
         self._announce(record)

@@ -9,8 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from signround.importance import InputSquares
 
 
 @dataclass
@@ -54,3 +57,9 @@ def recorded(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, LinearInput
 def tokens_of(seen: Mapping[str, LinearInputs], name: str) -> int:
     """Tokens that reached linear `name`."""
     return seen[name].tokens if name in seen else 0
+
+
+def squares_of(seen: Mapping[str, LinearInputs], name: str, columns: int) -> InputSquares:
+    """What linear `name` of `columns` inputs saw, as importance matrices hold it; zeros where no token came."""
+    found = seen.get(name, LinearInputs(torch.zeros(columns), 0))
+    return InputSquares(found.squares[None].cpu(), torch.tensor([found.tokens]))

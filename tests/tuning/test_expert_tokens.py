@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from exporters.gguf.exporter import GgufExporter
+from exporters.gguf.imatrix import read_imatrix
 from signround.artifact import QuantizedCheckpoint
 from signround.blocks import DecoderBlocks
 from signround.checkpoint import SourceCheckpoint
@@ -86,6 +88,26 @@ def test_the_plan_tells_it(finished: tuple[Job, QuantizedCheckpoint]) -> None:
     (note,) = [note for note in describe(finished[0])["notes"] if note.startswith("experts:")]
     assert "2 of 6 see each token, about 170 calibration tokens an expert" in note
     assert f"fewer than {LEAST_EXPERT_TOKENS} reach are rounded" in note
+
+
+def test_the_importance_matrix_has_whole_stacks(finished: tuple[Job, QuantizedCheckpoint], tmp_path: Path) -> None:
+    """[experts, columns] as llama.cpp has it, with a count of 0 for an expert that no token reached."""
+    _, artifact = finished
+    importance = artifact.importance()
+    assert importance is not None
+    GgufExporter().write_importance(importance, tmp_path / "imatrix.gguf")
+    found = read_imatrix(tmp_path / "imatrix.gguf").entries
+    for record in artifact.records():
+        for part, columns in (("gate", 128), ("up", 128), ("down", 256)):
+            squares = found[f"blk.{record.index}.ffn_{part}_exps.weight"]
+            assert squares.sums.shape == (EXPERTS, columns)
+            assert squares.counts.tolist() == [
+                record.expert_tokens[f"block_sparse_moe.experts.{expert}"] for expert in range(EXPERTS)
+            ]
+            assert squares.unseen == list(DEAD)
+            assert not squares.sums[list(DEAD)].any()
+    again = GgufExporter().read_importance(tmp_path / "imatrix.gguf", artifact.plan)
+    assert again.squares.keys() >= artifact.layers.keys()
 
 
 def test_a_block_taken_away_comes_back_the_same(finished: tuple[Job, QuantizedCheckpoint]) -> None:

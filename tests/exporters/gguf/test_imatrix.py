@@ -154,7 +154,7 @@ def test_names_go_both_ways(tmp_path: Path) -> None:
     plan, exporter = planned(tmp_path), GgufExporter()
     assert isinstance(exporter, ImportanceFiles)
     importance = measured(plan)
-    exporter.write_importance(importance, tmp_path / "i.gguf")
+    exporter.write_importance(importance, tmp_path / "i.gguf", plan)
     stored = read_imatrix(tmp_path / "i.gguf").entries
     assert len(stored) == 15
     assert {"blk.0.attn_q.weight", "blk.1.ffn_down.weight", "token_embd.weight"} < set(stored)
@@ -171,13 +171,13 @@ def test_heads_may_be_absent_other_weights_not(tmp_path: Path) -> None:
     importance = measured(plan)
     found = dict(importance.squares)
     del found["model.embed_tokens.weight"]
-    GgufExporter().write_importance(Importance(found, "", 1, 1), tmp_path / "i.gguf")
+    GgufExporter().write_importance(Importance(found, "", 1, 1), tmp_path / "i.gguf", plan)
     assert GgufExporter().read_importance(tmp_path / "i.gguf", plan).means("lm_head.weight") is None
     for index in range(2):
         del found[f"model.layers.{index}.mlp.up_proj.weight"]
         del found[f"model.layers.{index}.self_attn.v_proj.weight"]
     found["model.layers.0.mlp.down_proj.weight"] = random_squares(512)
-    GgufExporter().write_importance(Importance(found, "", 1, 1), tmp_path / "i.gguf")
+    GgufExporter().write_importance(Importance(found, "", 1, 1), tmp_path / "i.gguf", plan)
     with pytest.raises(RefusedError) as caught:
         GgufExporter().read_importance(tmp_path / "i.gguf", plan)
     missing, misfit = (refusal.sentence() for refusal in caught.value.refusals)
@@ -185,13 +185,9 @@ def test_heads_may_be_absent_other_weights_not(tmp_path: Path) -> None:
     assert "of another model: blk.0.ffn_down.weight has 512 values, the model needs 256" in misfit
 
 
-def test_stacked_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stacked_experts() -> None:
     """Experts with names of their own are rows of one GGUF tensor, in the GGUF and in the older form."""
 
-    def stacked(name: str) -> str:
-        return "blk.0.ffn_up_exps.weight"
-
-    monkeypatch.setattr("exporters.gguf.imatrix.gguf_name", stacked)
     names = [f"model.layers.0.mlp.experts.{index}.up_proj.weight" for index in range(12)]
     squares = random_squares(16, experts=12)
     counts = squares.counts.clone()
@@ -201,8 +197,10 @@ def test_stacked_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     shuffled = dict(sorted(rows.items()))  # experts.10 before experts.2
     (entry,) = imatrix_of(Importance(shuffled, "", 1, 1)).entries.values()
     assert torch.equal(entry.sums, squares.sums)
-    with pytest.raises(ValueError, match=r"experts \[0, 2\] are not a whole stack"):
-        imatrix_of(Importance({names[0]: rows[names[0]], names[2]: rows[names[2]]}, "", 1, 1))
+    (gaps,) = imatrix_of(Importance({names[2]: rows[names[2]]}, "", 1, 1), experts=4).entries.values()
+    assert torch.equal(gaps.sums[2:3], rows[names[2]].sums)
+    assert gaps.sums.shape == (4, 16)
+    assert gaps.unseen == [0, 1, 3]
 
     columns = dict.fromkeys(names, 16)
     stack = Imatrix({"blk.0.ffn_up_exps.weight": squares}, (), 1, 1)
@@ -210,8 +208,6 @@ def test_stacked_experts(monkeypatch: pytest.MonkeyPatch) -> None:
         found = importance_of(stack, columns, "file").means(name)
         assert found is not None
         assert torch.equal(found[0], squares.means()[index])
-    whole = importance_of(stack, {"model.layers.0.mlp.experts.up": 16}, "file")
-    assert torch.equal(whole.squares["model.layers.0.mlp.experts.up"].sums, squares.sums)
     flat = InputSquares(squares.sums.reshape(1, -1), torch.tensor([9]))
     found = importance_of(Imatrix({"blk.0.ffn_up_exps.weight": flat}, (), 1, 0), columns, "file").means(names[5])
     assert found is not None
@@ -283,3 +279,24 @@ def test_no_cut_file_gets_through(tmp_path: Path) -> None:
             (tmp_path / "cut").write_bytes(whole[:keep])
             with pytest.raises(RefusedError, match="not a usable importance matrix"):
                 read_imatrix(tmp_path / "cut")
+
+
+def test_a_mixture_of_experts_goes_both_ways(tmp_path: Path) -> None:
+    """One expert was never reached: it is in the file with zeros, and weighs all its inputs alike when read."""
+    plan, exporter = planned(tmp_path, "qwen3-moe"), GgufExporter()
+    mixture = plan.architecture.mixture
+    assert mixture is not None
+    squares = {layer.name: random_squares(layer.columns, seed=index) for index, layer in enumerate(plan.layers())}
+    unseen = [name for name in squares if f".experts.{mixture.experts - 1}." in name]
+    assert unseen
+    seen = {name: entry for name, entry in squares.items() if name not in unseen}
+    exporter.write_importance(Importance(seen, "", 1, 1), tmp_path / "i.gguf", plan)
+    stack = read_imatrix(tmp_path / "i.gguf").entries["blk.0.ffn_down_exps.weight"]
+    assert stack.sums.shape == (mixture.experts, mixture.intermediate)
+    assert stack.unseen == [mixture.experts - 1]
+    back = exporter.read_importance(tmp_path / "i.gguf", plan)
+    assert set(back.squares) == set(squares)
+    for name, entry in squares.items():
+        found = back.means(name)
+        assert found is not None
+        assert torch.equal(found, torch.ones_like(found) if name in unseen else entry.means())

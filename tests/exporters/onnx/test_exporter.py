@@ -17,12 +17,15 @@ from exporters.onnx.checker import problems_of
 from exporters.onnx.exporter import OnnxExporter
 from exporters.onnx.reader import load_graph
 from signround.artifact import QuantizedCheckpoint
+from signround.checkpoint import SourceCheckpoint
 from signround.errors import FailedError, RefusedError
 from signround.events import Event, StageAdvanced, silent
 from signround.exporting import Exporter
+from signround.plan import CalibrationSpec, make_plan
 from signround.qtensor import QuantizedTensor
+from signround.recipes import settings_for
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import write_small_model
+from tests.small_models import FAMILIES, write_small_model
 
 pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
@@ -199,6 +202,21 @@ def test_progress_counts_every_tensor(artifact_of: Maker, tmp_path: Path) -> Non
 def test_it_is_an_exporter() -> None:
     assert isinstance(OnnxExporter(), Exporter)
     assert (OnnxExporter().name, OnnxExporter().zero_floor) == ("onnx", 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_without_a_graph_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    """Each of them has something that the decoder graph would leave out without a word."""
+    model = write_small_model(tmp_path / "model", family)
+    plan = make_plan(
+        SourceCheckpoint(model), "w4g32", settings_for("rtn", context=64, samples=2, seqlen=16), CalibrationSpec("self")
+    )
+    sentences = [refusal.sentence() for refusal in OnnxExporter().refusals(plan)]
+    if FAMILIES[family]["model_type"] in ("llama", "mistral", "qwen2", "qwen3"):
+        assert sentences == []
+    else:
+        assert len(sentences) == 1
+        assert f"the decoder graph of {plan.architecture.family.hf_class} is not written yet" in sentences[0]
 
 
 def test_refusals_come_all_at_once(artifact_of: Maker, tmp_path: Path) -> None:

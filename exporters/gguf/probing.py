@@ -4,38 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from exporters.gguf.pre_tokenizer import PROBES
 from exporters.gguf.simulation import Simulation, differing
+from signround.errors import refuse
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Json = Mapping[str, Any]
+Answer = TypeVar("Answer")
 MOST_SPECIALS = 24
 
 
 def loaded(folder: Path) -> Tokenizer:
+    """Raises RefusedError when the library cannot read tokenizer.json."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return told(lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-def encoder(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
-    """Token ids of a text, without what is put around it."""
+def told(ask: Callable[[], Answer]) -> Answer:
+    """What the library answers. Raises RefusedError in place of its exceptions."""
+    try:
+        return ask()
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise refuse(
+            f"the tokenizers library cannot use it ({str(error).splitlines()[0]})",
+            "restore the file from the model's publisher",
+            "tokenizer.json",
+        ) from error
 
-    def encode(text: str) -> Sequence[int]:
-        ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
 
-    return encode
+def encoder(tokenizer: Tokenizer, *, add_special_tokens: bool = False) -> Callable[[str], list[int]]:
+    """Token ids of a text, as a rule without what is put around it."""
+    return lambda text: list(told(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids))
 
 
 def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and after a text."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a", add_special_tokens=True).ids
+    plain, full = (encoder(tokenizer, add_special_tokens=special)("a") for special in (False, True))
     starts = [at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain]
     start = starts[0] if starts else 0
     return full[:start], full[start + len(plain) :]
@@ -79,7 +88,7 @@ def transformers_notes(folder: Path) -> list[str]:
         return []
     encode = encoder(loaded(folder))
     texts = (*PROBES, f"a{theirs.eos_token} b")
-    other = [text for text in texts if theirs(text, add_special_tokens=False)["input_ids"] != list(encode(text))]
+    other = [text for text in texts if theirs(text, add_special_tokens=False)["input_ids"] != encode(text)]
     if not other:
         return []
     name = type(theirs).__name__

@@ -36,7 +36,7 @@ from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 from signround.safetensors_stream import save_tensors
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENS = "calibration.safetensors"
 SQUARES, SEEN_TOKENS = "input_squares", "input_tokens"

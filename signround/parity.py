@@ -34,6 +34,7 @@ from signround.errors import FailedError, RefusedError
 from signround.evaluate import Score, score, spread
 from signround.events import Listener, Notice, silent
 from signround.exporting import ExportedModel, Exporter
+from signround.plan import ModelPlan
 from signround.runtimes.protocol import Runtime, Speed
 from signround.runtimes.speed import fitting
 from signround.runtimes.torch_blocks import tuned_model
@@ -87,6 +88,9 @@ class Gate:
 
 # A token whose experts lie close together may take others once activations are rounded: a few positions differ much.
 ROUTED = Gate(median_kl=1e-3, mean_kl=1e-2, top1_agreement=0.95)
+# K-quants and IQ4_XS are multiplied with activations that share one scale in 256, not in 32: a coarser rounding.
+SUPER_BLOCKS = Gate(mean_kl=8e-3, top1_agreement=0.93)
+ROUTED_SUPER_BLOCKS = Gate(median_kl=8e-3, mean_kl=2e-2, top1_agreement=0.9)
 HALF_BIASES = Gate(relative_error=2e-4)
 
 
@@ -138,7 +142,7 @@ def verify(
         workers = _Workers(at_end)
         for label, opened, usual in _RUNS.get(exported.format, ()):
             gate = HALF_BIASES if label == "exact" and _loses_biases(artifact, exported) else usual
-            gate = ROUTED if exported.format == "gguf" and artifact.plan.architecture.mixture else gate
+            gate = _llama_cpp_gate(artifact.plan, gate) if exported.format == "gguf" else gate
             try:
                 with opened(exported.target, workers) as runtime:
                     runs[label] = compare_logits(artifact, runtime, gate, windows)
@@ -210,6 +214,13 @@ def _expected(artifact: QuantizedCheckpoint, exported: ExportedModel, name: str)
     if exported.kept_dtype is not None and cast:
         return weight.to(exported.kept_dtype).float()
     return weight
+
+
+def _llama_cpp_gate(plan: ModelPlan, usual: Gate) -> Gate:
+    coarse = any(layer.grid.super_block for layer in plan.layers())
+    if plan.architecture.mixture:
+        return ROUTED_SUPER_BLOCKS if coarse else ROUTED
+    return SUPER_BLOCKS if coarse else usual
 
 
 def compare_logits(artifact: QuantizedCheckpoint, runtime: Runtime, gate: Gate, windows: Tensor) -> LogitParity:

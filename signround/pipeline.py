@@ -45,6 +45,7 @@ from signround.runtimes.targets import kind_of
 from signround.runtimes.torch_blocks import float_model, rounded_model, tuned_model
 from signround.tuning.chain import TuningChain
 
+IMATRIX = "imatrix.gguf"  # beside the model, for tools that take llama.cpp's importance matrices
 EVALUATION_CONTEXT = 512  # tokens a window of the user's text
 
 
@@ -195,7 +196,11 @@ def export(
             "run the `signround quantize` command that made it again, it repairs them."
         )
     on_event(StageStarted("export", exporter.name))
-    return exporter.export(checkpoint, Path(out), on_event)
+    exported = exporter.export(checkpoint, Path(out), on_event)
+    importance = checkpoint.importance() if isinstance(exporter, ImportanceFiles) else None
+    if importance is not None and isinstance(exporter, ImportanceFiles):
+        exporter.write_importance(importance, Path(out) / IMATRIX, checkpoint.plan)
+    return exported
 
 
 def quantize(

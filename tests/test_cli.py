@@ -35,14 +35,19 @@ def run(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
 )
 def test_the_same_names_and_defaults_as_in_python(command: Any, function: Any) -> None:
     """`quantize` on the command line and `signround.quantize` are one thing."""
-    renamed = {"setting": "options"}
+    renamed = {
+        "setting": "options",
+        "split_max_size": "options",
+        "gguf_template": "options",
+        "tensor_type": "tensor_types",
+    }
     inner = inspect.signature(function).parameters
     for name, parameter in inspect.signature(command).parameters.items():
         if name in ("as_json", "out") or name == "to":
             continue
         assert renamed.get(name, name) in inner, name
         if parameter.default is not inspect.Parameter.empty:
-            assert inner[renamed.get(name, name)].default == parameter.default, name
+            assert (inner[renamed.get(name, name)].default or None) == (parameter.default or None), name
 
 
 def test_json_is_alone_on_stdout(llama_folder: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -53,6 +53,15 @@ TensorType = Annotated[
 Imatrix = Annotated[
     Path | None, typer.Option(help="A llama.cpp importance matrix, in place of the one that calibration measures.")
 ]
+SplitMaxSize = Annotated[
+    str | None, typer.Option(help="Write the GGUF in parts of at most this size, for example 2G (gguf.split_max_size).")
+]
+GgufTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        help="A float .gguf of llama.cpp's converter: take its metadata, tokenizer and names (gguf.template)."
+    ),
+]
 Text = Annotated[Path | None, typer.Option(help="A text to evaluate on.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, and nothing else there.")]
 
@@ -75,6 +84,8 @@ def quantize(
     tensor_type: TensorType = None,
     imatrix: Imatrix = None,
     text: Text = None,
+    split_max_size: SplitMaxSize = None,
+    gguf_template: GgufTemplate = None,
     setting: Setting = None,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +98,8 @@ def quantize(
         result = pipeline.quantize(
             model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
             seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device,
-            tensor_types=tensor_type or (), imatrix=imatrix, text=text, options=_options(setting), on_event=progress,
+            tensor_types=tensor_type or (), imatrix=imatrix, text=text,
+            options=_options(setting, split_max_size, gguf_template), on_event=progress,
         )  # fmt: skip
     if as_json:
         print_json(result)
@@ -116,6 +128,8 @@ def plan(
     device: Device = "cpu",
     tensor_type: TensorType = None,
     imatrix: Imatrix = None,
+    split_max_size: SplitMaxSize = None,
+    gguf_template: GgufTemplate = None,
     setting: Setting = None,
     as_json: Json = False,
 ) -> None:
@@ -127,7 +141,7 @@ def plan(
     job = pipeline.prepare(
         model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
         seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device,
-        tensor_types=tensor_type or (), imatrix=imatrix, options=_options(setting),
+        tensor_types=tensor_type or (), imatrix=imatrix, options=_options(setting, split_max_size, gguf_template),
     )  # fmt: skip
     description = describe(job)
     if as_json:
@@ -141,6 +155,8 @@ def export(
     artifact: Annotated[Path, typer.Argument(help="The artifact/ folder of a finished job.")],
     to: Annotated[str, typer.Option("--to", help="The format to write.")],
     out: Out,
+    split_max_size: SplitMaxSize = None,
+    gguf_template: GgufTemplate = None,
     setting: Setting = None,
     as_json: Json = False,
 ) -> None:
@@ -149,7 +165,7 @@ def export(
     from signround.cli.output import print_json, print_lines
     from signround.cli.progress import ProgressDisplay
 
-    options = _options(setting)
+    options = _options(setting, split_max_size, gguf_template)
     if any(name != to for name in options):
         raise refuse(f"--set names another format than {to}", f"write --set {to}.OPTION=VALUE", "--set")
     with ProgressDisplay() as progress:
@@ -234,9 +250,15 @@ def schemes(as_json: Json = False) -> None:
         print_table(("scheme", "bits/weight", "formats"), cells)
 
 
-def _options(settings: list[str] | None) -> dict[str, dict[str, str]]:
-    """`--set gguf.float_type=f16` -> {"gguf": {"float_type": "f16"}}."""
+def _options(
+    settings: list[str] | None, split_max_size: str | None = None, gguf_template: Path | None = None
+) -> dict[str, dict[str, str]]:
+    """`--set gguf.float_type=f16` -> {"gguf": {"float_type": "f16"}}; the other two have flags of their own."""
     options: dict[str, dict[str, str]] = {}
+    if split_max_size is not None:
+        options.setdefault("gguf", {})["split_max_size"] = split_max_size
+    if gguf_template is not None:
+        options.setdefault("gguf", {})["template"] = str(gguf_template)
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         name, dot, option = key.partition(".")

@@ -95,7 +95,7 @@ def test_the_importance_matrix_has_whole_stacks(finished: tuple[Job, QuantizedCh
     _, artifact = finished
     importance = artifact.importance()
     assert importance is not None
-    GgufExporter().write_importance(importance, tmp_path / "imatrix.gguf")
+    GgufExporter().write_importance(importance, tmp_path / "imatrix.gguf", artifact.plan)
     found = read_imatrix(tmp_path / "imatrix.gguf").entries
     for record in artifact.records():
         for part, columns in (("gate", 128), ("up", 128), ("down", 256)):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from exporters.gguf.pre_tokenizer import PROBES
 from exporters.gguf.simulation import Simulation, differing
@@ -14,32 +15,43 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Json = Mapping[str, Any]
-Answer = TypeVar("Answer")
 MOST_SPECIALS = 24
+
+
+class _Refusing:
+    """The library's errors are `Exception` itself and nothing narrower: exactly those become refusals."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is Exception:
+            raise refuse(
+                f"the tokenizers library cannot use it ({str(error).splitlines()[0]})",
+                "restore the file from the model's publisher",
+                "tokenizer.json",
+            ) from error
 
 
 def loaded(folder: Path) -> Tokenizer:
     """Raises RefusedError when the library cannot read tokenizer.json."""
     from tokenizers import Tokenizer
 
-    return told(lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
-
-
-def told(ask: Callable[[], Answer]) -> Answer:
-    """What the library answers. Raises RefusedError in place of its exceptions."""
-    try:
-        return ask()
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise refuse(
-            f"the tokenizers library cannot use it ({str(error).splitlines()[0]})",
-            "restore the file from the model's publisher",
-            "tokenizer.json",
-        ) from error
+    with _Refusing():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def encoder(tokenizer: Tokenizer, *, add_special_tokens: bool = False) -> Callable[[str], list[int]]:
-    """Token ids of a text, as a rule without what is put around it."""
-    return lambda text: list(told(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens).ids))
+    """Token ids of a text, as a rule without what is put around it. Raises RefusedError when the library cannot."""
+
+    def encode(text: str) -> list[int]:
+        with _Refusing():
+            ids = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return list(ids)
+
+    return encode
 
 
 def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -1,6 +1,6 @@
 """Our .gguf files against llama-quantize's with an importance matrix, both measured by llama.cpp on the file.
 
-    PYTHONPATH=. python -m benchmarks.gguf_vs_llama_quantize MODEL --calibration calibration.txt --text eval.txt \\
+    python -m benchmarks.gguf_vs_llama_quantize MODEL --calibration calibration.txt --text eval.txt \\
         --text wikitext2-valid.txt --type q2_k --type q3_k_m --type q4_k_m --ours FOLDER --json table.json
 
 For each type: perplexity, mean KL to the F32 file, top-1 agreement and bytes, and the ratio of the mean KLs.

@@ -9,16 +9,13 @@ expert's own tokens. With 128 experts, two trials each on the whole block would 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from signround.experts import RoutedExperts, module_name
 from signround.qtensor import QuantizedTensor
-
-if TYPE_CHECKING:
-    from signround.tuning.loop import BlockProblem
+from signround.tuning.problem import BlockProblem
 
 Candidates = Mapping[str, Mapping[str, QuantizedTensor]]
 

@@ -1,5 +1,6 @@
 """What llama.cpp calls architectures and tensors: the words in which its files, the rules of its file types and its
-importance matrices speak. Names only, both ways, as in gguf-py `tensor_mapping.py`; the bytes are the GGUF exporter's business.
+importance matrices speak. Names only, both ways, as in gguf-py `tensor_mapping.py`; the bytes are the business of the
+GGUF exporter.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Our .gguf files against llama-quantize's with an importance matrix, both measured by llama.cpp on the file.
 
-    PYTHONPATH=. python -m benchmarks.gguf_vs_llama_quantize MODEL --calibration calibration.txt --text eval.txt \\
+    python -m benchmarks.gguf_vs_llama_quantize MODEL --calibration calibration.txt --text eval.txt \\
         --text wikitext2-valid.txt --type q2_k --type q3_k_m --type q4_k_m --ours FOLDER --json table.json
 
 For each type: perplexity, mean KL to the F32 file, top-1 agreement and bytes, and the ratio of the mean KLs.
@@ -8,7 +8,7 @@ For each type: perplexity, mean KL to the F32 file, top-1 agreement and bytes, a
 - Theirs: `llama_model_quantize` of llama-cpp-python on the F32 file, with the importance matrix of 128 chunks of 512
   tokens of the calibration text (`--imatrix` gives another one, `--save-imatrix` keeps it).
 - Ours: `--ours` names .gguf files, TYPE=PATH, or folders of files whose names end in the type. What is not given is
-  made here: `signround quantize MODEL --scheme TYPE --calibration ... --to gguf`, settings as in its defaults.
+  made here as `signround quantize MODEL --scheme TYPE --calibration ... --to gguf` does.
 - Peers: `--peer NAME:TYPE=PATH` adds a row for a file that another tool made. AutoRound's, of which
   `pip install auto-round` is enough: `auto-round --model MODEL --format gguf:q4_k_m --dataset calibration.txt
   --nsamples 128 --seqlen 512 --output_dir FOLDER`.
@@ -41,6 +41,8 @@ from exporters.gguf.imatrix import read_imatrix, write_imatrix
 from exporters.gguf.layout import TYPE_BYTES
 from runtime_tests.gguf_floats import write_float_gguf
 from signround.evaluate import text_windows
+from signround.events import silent
+from signround.pipeline import prepare, tune
 from signround.runtimes.llama_cpp_windows import WindowRuntime
 
 IMATRIX_CHUNK = 512
@@ -108,7 +110,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, help="the first N of each text")
     parser.add_argument("--second-half", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="for tuning what --ours does not give")
+    parser.add_argument("--device", default="cpu", help="for tuning what --ours does not give, as are the next three")
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--seqlen", type=int)
+    parser.add_argument("--iters", type=int)
     parser.add_argument("--keep", type=Path, help="folder for the files made here; default: deleted")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     return parser.parse_args()
@@ -129,14 +134,20 @@ def given_files(options: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def tuned_here(model: Path, file_type: str, calibration: Path, device: str, folder: Path) -> Path:
-    """The default job of signround, exported."""
-    from signround.events import silent
-    from signround.exporting import make_exporters
-    from signround.pipeline import prepare, tune
-
-    (exporter,) = make_exporters(["gguf"])
-    job = prepare(model, file_type, folder / file_type, calibration=str(calibration), device=device)
+def tuned_here(options: argparse.Namespace, file_type: str, folder: Path) -> Path:
+    """The job of `signround quantize`, tuned and exported."""
+    job = prepare(
+        options.model,
+        file_type,
+        folder / file_type,
+        ["gguf"],
+        calibration=str(options.calibration),
+        samples=options.samples,
+        seqlen=options.seqlen,
+        iters=options.iters,
+        device=options.device,
+    )
+    (exporter,) = job.exporters
     return exporter.export(tune(job), folder / file_type / "gguf", silent).target
 
 
@@ -172,7 +183,7 @@ def make_entries(options: argparse.Namespace, float_file: Path, folder: Path) ->
     for file_type in types:
         ours = given.get(file_type)
         if ours is None:
-            ours = tuned_here(options.model, file_type, options.calibration, options.device, folder)
+            ours = tuned_here(options, file_type, folder)
         theirs = folder / f"{THEIRS}-{file_type}.gguf"
         quantize(float_file, theirs, file_type, imatrix, tensor_types(ours) if options.like_ours else None)
         check_equal_types(ours, theirs)

@@ -67,7 +67,7 @@ def test_the_main_job(family: str, tmp_path: Path) -> None:
 
 
 def test_a_mixed_file_type(tmp_path: Path) -> None:
-    """Rounded without tuning, in llama.cpp's mix for models of 8 experts: one type a stack, 8 bits for keys and values."""
+    """Rounded without tuning, in llama.cpp's mix for 8 experts: one type a stack, 8 bits for keys and values."""
     model = write_small_model(
         tmp_path / "model", "mixtral", hidden_size=256, num_local_experts=8, num_attention_heads=4
     )

@@ -15,7 +15,8 @@ from torch import Tensor
 from signround.formats import grid_for
 from signround.tuning import loop
 from signround.tuning.layer import TunedLayer
-from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
+from signround.tuning.loop import BlockOutcome, tune_block
+from signround.tuning.problem import BlockProblem
 from signround.tuning.rtn import rounded
 from signround.tuning.signround import descent_for
 from signround.tuning.start import Start, plain_start

@@ -8,13 +8,14 @@ all wanted formats read file types. Pure functions; refuses, never guesses.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from signround.architecture import EMBEDDING, HEAD, Architecture
-from signround.errors import refuse
+from signround.errors import RefusedError, refuse
 from signround.file_types import ModelShape, Overrides, TensorRole, TypeChoice, resolve, tensor_types
-from signround.formats import grid_for, scheme_names
+from signround.formats import GRID_NAMES, grid_for, scheme_names
 from signround.gguf_names import ARCHITECTURES, part_of
 from signround.grid import Grid
 from signround.mixes import FILE_TYPES, PRESETS
@@ -35,8 +36,8 @@ class Assignment:
 
 def is_file_type(scheme: str, *, mixes: bool) -> bool:
     """Whether `scheme` is taken for a file type of llama.cpp (or a preset) rather than for one grid."""
-    known = scheme.lower() in FILE_TYPES or scheme.lower() in PRESETS
-    return known and (mixes or scheme not in scheme_names())
+    name = scheme.lower()
+    return (name in FILE_TYPES or name in PRESETS) and (mixes or name not in scheme_names())
 
 
 def assigned(
@@ -48,22 +49,37 @@ def assigned(
     overrides: Overrides = (),
     importance: bool = True,
 ) -> Assignment:
-    """The grids of every matrix. `importance`: column importances will be at hand (some mixes depend on it).
+    """The grids of every matrix. Upper case is as good as lower. `importance`: column importances will be at hand
+    (some mixes depend on it).
 
     Raises RefusedError for an unknown scheme, and for overrides of a scheme that is one grid.
     """
     if is_file_type(scheme, mixes=mixes):
         return _mixed(scheme, architecture, overrides, importance)
+    name = scheme.lower()
+    if name not in scheme_names():
+        raise _unknown(scheme)
     if overrides:
         raise refuse(
             f"--tensor-type does not apply to {scheme}, which is one grid for all linears",
             "choose a file type of llama.cpp, such as q4_k_m, with --to gguf alone",
             "--tensor-type",
         )
-    grid = grid_for(scheme, zero_floor)
-    reason = f"scheme {scheme}" + (f", zero point >= {zero_floor} for GPTQ" if grid.zero_floor else "")
-    linears = [name for index in range(architecture.layers) for name in architecture.block_linears(index)]
+    grid = grid_for(name, zero_floor)
+    reason = f"scheme {name}" + (f", zero point >= {zero_floor} for GPTQ" if grid.zero_floor else "")
+    linears = [linear for index in range(architecture.layers) for linear in architecture.block_linears(index)]
     return Assignment(dict.fromkeys(linears, (grid, reason)), {})
+
+
+def _unknown(scheme: str) -> RefusedError:
+    names = [*FILE_TYPES, *PRESETS, *scheme_names()]
+    near = difflib.get_close_matches(scheme.lower(), dict.fromkeys(names), n=3) or ["w4g32", "q4_k_m", "laptop"]
+    return refuse(
+        f"scheme {scheme!r} is not known; allowed are the grids {GRID_NAMES}, llama.cpp's file types "
+        f"{', '.join(FILE_TYPES)}, and the presets {', '.join(PRESETS)}",
+        f"did you mean {' or '.join(near)}? `signround schemes` lists them all",
+        "--scheme",
+    )
 
 
 def roles_of(architecture: Architecture) -> dict[str, TensorRole]:

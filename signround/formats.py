@@ -39,6 +39,10 @@ _GGML = {
 }
 
 
+GRID_NAMES = "w{2,3,4,8}g{16,32,64,128,256,c}[-asym] and " + ", ".join(_GGML)
+"""All of them, in a phrase for refusals."""
+
+
 def scheme_names() -> list[str]:
     """Every scheme that `grid_for` accepts, in the order of the table."""
     groups = [*map(str, GROUPS), "c"]
@@ -54,8 +58,7 @@ def grid_for(scheme: str, zero_floor: int = 0) -> Grid:
     if scheme not in scheme_names():
         near = difflib.get_close_matches(scheme, scheme_names(), n=3) or ["w4g32", "w4g128-asym", "q4_0"]
         raise refuse(
-            f"scheme {scheme!r} is not known; allowed are w{{2,3,4,8}}g{{16,32,64,128,256,c}}[-asym] and "
-            + ", ".join(_GGML),
+            f"scheme {scheme!r} is not known; allowed are {GRID_NAMES}",
             f"did you mean {' or '.join(near)}? `signround schemes` lists them all",
         )
     if scheme in _GGML:

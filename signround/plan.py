@@ -207,7 +207,7 @@ def make_plan(
         model=checkpoint.folder.resolve().name,
         source_sha256=checkpoint.sha256,
         parameters=checkpoint.parameters,
-        scheme=scheme,
+        scheme=scheme.lower(),
         file_type=types.file_type,
         config=checkpoint.config,
         blocks=blocks,

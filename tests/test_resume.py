@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,12 @@ from tests.small_models import write_small_model
 BLOCKS = 3
 SETTINGS = ("--scheme", "w4g32", "--samples", "4", "--seqlen", "16", "--iters", "3")
 FORMATS = ("gguf", "onnx", "gptq")
+MIXED = ("--scheme", "q4_k_m", *SETTINGS[2:])  # llama.cpp's mix: embedding and head are quantised too
 MOMENTS = ("writing:0", *(f"after:{block}" for block in range(BLOCKS)), "within:1")
+MIXED_MOMENTS = {
+    "llama": ("embedding:0", "after:0", "after:2"),
+    "llama-untied": ("embedding:0", "after:0", "after:1", "after:2", "head:0"),  # in block order; the head comes last
+}
 # The command line in processes of its own, each ended by a real SIGKILL at its moment. They are forked from one that
 # has done the imports and nothing else.
 KILLED = """
@@ -33,13 +39,18 @@ def kill():
 
 def arm(kind, block):
     commit, save, show = room.ArtifactWriter.commit_block, room.save_tensors, ProgressDisplay.__call__
+    outer = room.ArtifactWriter.commit_outer_layer
     def commit_block(self, index, *rest):
         commit(self, index, *rest)
         if kind == "after" and index == block:
             kill()
+    def commit_outer_layer(self, name, *rest):
+        outer(self, name, *rest)
+        if kind == "embedding" and name == "model.embed_tokens.weight":
+            kill()
     def save_tensors(path, *rest):
         save(path, *rest)
-        if kind == "within" and f"{block:05d}" in path.name:
+        if kind == "within" and f"{block:05d}" in path.name or kind == "head" and "lm_head" in path.name:
             os.truncate(path, path.stat().st_size // 2)
             kill()
     def call(self, event):
@@ -47,6 +58,7 @@ def arm(kind, block):
             kill()
         show(self, event)
     room.ArtifactWriter.commit_block, room.save_tensors, ProgressDisplay.__call__ = commit_block, save_tensors, call
+    room.ArtifactWriter.commit_outer_layer = commit_outer_layer
 
 folder, moments, arguments = sys.argv[1], sys.argv[2].split(","), sys.argv[3:]
 for moment in moments:
@@ -65,9 +77,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_model(tmp_path_factory.mktemp("model") / "small", layers=BLOCKS)
 
 
-def run(model: Path, out: Path) -> None:
+def run(model: Path, out: Path, settings: Sequence[str] = SETTINGS) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["quantize", str(model), "-o", str(out), *SETTINGS])
+        main(["quantize", str(model), "-o", str(out), *settings])
     assert ended.value.code == 0
 
 
@@ -82,10 +94,10 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def all_content(out: Path) -> dict[str, bytes]:
-    """The artifact and the three formats that are written from it."""
+def all_content(out: Path, formats: Sequence[str] = FORMATS) -> dict[str, bytes]:
+    """The artifact and the formats that are written from it."""
     artifact = QuantizedCheckpoint(out / "artifact")
-    for name in FORMATS:
+    for name in formats:
         export(artifact, name, out / name)
     return content(out)
 
@@ -108,9 +120,12 @@ def same(found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
 @pytest.fixture(scope="module")
 def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the output folder of each killed run, by its moment."""
-    folder = tmp_path_factory.mktemp("killed")
+    return kill_at(MOMENTS, model, tmp_path_factory.mktemp("killed"), SETTINGS)
+
+
+def kill_at(moments: Sequence[str], model: Path, folder: Path, settings: Sequence[str]) -> Path:
     subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder), ",".join(MOMENTS), "quantize", str(model), *SETTINGS],
+        [sys.executable, "-c", KILLED, str(folder), ",".join(moments), "quantize", str(model), *settings],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
     )  # fmt: skip
     return folder
@@ -125,6 +140,44 @@ def test_killed_and_started_again(model: Path, uninterrupted: dict[str, bytes], 
     assert finished == [f"{index:05d}" for index in range({"after": int(block) + 1, "within": 1}.get(kind, 0))]
     run(model, out)
     assert same(all_content(out), uninterrupted)
+
+
+@pytest.mark.parametrize("family", MIXED_MOMENTS)
+def test_killed_around_embedding_and_head(family: str, tmp_path: Path) -> None:
+    """After the embedding, which comes before the blocks; after each block; while the head is written. The importance
+    matrix beside the model is among the bytes."""
+    model, moments = write_small_model(tmp_path / "small", family, layers=BLOCKS), MIXED_MOMENTS[family]
+    run(model, tmp_path / "uninterrupted", MIXED)
+    expected = all_content(tmp_path / "uninterrupted", ["gguf"])
+    assert "gguf/imatrix.gguf" in expected
+    folder = kill_at(moments, model, tmp_path / "killed", MIXED)
+    for moment in moments:
+        kind, block = moment.split(":")
+        files = [path.stem for path in (folder / moment / "artifact").rglob("*.safetensors")]
+        assert "model.embed_tokens.weight" in files
+        assert not any(name.endswith("lm_head.weight") for name in files)
+        assert sum(name.isdigit() for name in files) == {"embedding": 0, "head": BLOCKS}.get(kind, int(block) + 1)
+        run(model, folder / moment, MIXED)
+        assert same(all_content(folder / moment, ["gguf"]), expected), moment
+
+
+@pytest.mark.parametrize("method", ["rtn", "signround-400", "signround"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_lost_embedding_or_head_is_made_again(tmp_path: Path, method: str, name: str) -> None:
+    """With every block in place: they are run, none is tuned again."""
+    model = write_small_model(tmp_path / "small", "llama-untied")
+    effort = ["--method", method] if method == "rtn" else ["--method", method, "--iters", "2"]
+    arguments = ["--scheme", "q4_k_m", "--samples", "4", "--seqlen", "16", *effort]
+    out = tmp_path / "out"
+    run(model, out, arguments)
+    expected = content(out)
+    lost = out / "artifact" / "outer" / f"{name}.safetensors"
+    lost.unlink()
+    times = {path: path.stat().st_mtime_ns for path in (out / "artifact" / "blocks").iterdir()}
+    run(model, out, arguments)
+    assert lost.is_file()
+    assert same(content(out), expected)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 def test_a_finished_job_says_so_and_changes_nothing(

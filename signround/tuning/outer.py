@@ -2,8 +2,9 @@
 
 Importances come from the float chain; an embedding that is only looked up has none, each of its rows stands alone. A
 head of its own is tuned like a block, against the logits of the float chain: their squared error is a sum over rows of
-the head, so it is tuned in slices of rows that are no larger than a block, and nothing but memory depends on the slice.
-A tied head is searched, not tuned: as an embedding it has a second use that logits do not see.
+the head, so it is tuned in slices of rows that are no larger than a block. Rows do not know of each other; a slice only
+chooses the step that it keeps. A tied head is searched, not tuned: as an embedding it has a second use that logits do
+not see.
 """
 
 from __future__ import annotations

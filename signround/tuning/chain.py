@@ -27,7 +27,7 @@ from signround.tuning.inputs import LinearInputs, recorded, squares_of, tokens_o
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
 from signround.tuning.outer import HeadProblem, quantized_in_slices, tuned_head
-from signround.tuning.rtn import rounded
+from signround.tuning.rtn import rounded, rounded_unseen
 from signround.tuning.signround import SignDescent, descent_for
 from signround.tuning.start import plain_start, searched_start
 
@@ -132,7 +132,7 @@ class TuningChain:
             name = layer.name.removeprefix(BLOCK.format(plan.index))
             if is_expert(name) and (name not in seen or seen[name].tokens < LEAST_EXPERT_TOKENS):
                 weight = self.blocks.parameter(block, name)
-                tensors[name] = rounded(layer.grid, weight)
+                tensors[name] = rounded_unseen(layer.grid, weight)
                 with torch.no_grad():
                     weight.copy_(tensors[name].decode())
         return tensors

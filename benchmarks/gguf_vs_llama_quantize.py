@@ -13,6 +13,10 @@ For each type: perplexity, mean KL to the F32 file, top-1 agreement and bytes, a
   `pip install auto-round` is enough: `auto-round --model MODEL --format gguf:q4_k_m --dataset calibration.txt
   --nsamples 128 --seqlen 512 --output_dir FOLDER`.
 
+- `--limits` adds two rows a type, made by llama-quantize: the embedding and head in their types with float linears, and
+  float embedding and head with linears in Q8_0, where nearly all that is left is llama.cpp's rounding of activations
+  to 8 bits. What a missed target is made of can be read from them.
+
 Stops when ours and theirs differ in the type of any tensor, unless `--like-ours` gives llama-quantize the types of our
 file. Windows of `--context` tokens, whole texts (or the first `--windows` of each); each window starts afresh, its
 first token is not scored. `--second-half` scores the second half of each window only, as llama-perplexity does. All
@@ -46,6 +50,7 @@ from signround.pipeline import prepare, tune
 from signround.runtimes.llama_cpp_windows import WindowRuntime
 
 IMATRIX_CHUNK = 512
+F32, Q8_0 = 0, 8  # ggml's type ids
 OURS, THEIRS = "signround", "llama-quantize"
 TARGETS = {"q2_k": 0.45, "q3_k_m": 0.45, "q4_0": 0.6, "q4_k_m": 0.6, "iq4_xs": 0.6, "q5_k_m": 0.9, "q6_k": 0.9}
 
@@ -106,6 +111,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-imatrix", type=Path)
     parser.add_argument("--chunks", type=int, default=128, help="of the importance matrix")
     parser.add_argument("--like-ours", action="store_true", help="llama-quantize with the tensor types of our file")
+    parser.add_argument("--limits", action="store_true", help="rows for what no tuning of the linears can change")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, help="the first N of each text")
     parser.add_argument("--second-half", action="store_true")
@@ -120,7 +126,8 @@ def arguments() -> argparse.Namespace:
 
 
 def given_files(options: Sequence[str]) -> dict[str, Path]:
-    """Type -> path, from TYPE=PATH and folders."""
+    """Type -> path, from TYPE=PATH and folders (llama-quantize's files in them, as `--keep` leaves, are passed over).
+    Stops when two files are of one type."""
     found: dict[str, Path] = {}
     for option in options:
         name, equals, path = option.partition("=")
@@ -129,7 +136,9 @@ def given_files(options: Sequence[str]) -> dict[str, Path]:
             continue
         for file in sorted(Path(option).rglob("*.gguf")):
             ending = re.search(rf"(?:^|[^a-z0-9])({'|'.join(FILE_TYPES)})$", file.stem.lower())
-            if ending:
+            if ending and not file.stem.startswith(THEIRS):
+                if ending[1] in found:
+                    raise SystemExit(f"two files of type {ending[1]}: {found[ending[1]]} and {file}; name one of them")
                 found[ending[1]] = file
     return found
 
@@ -188,10 +197,28 @@ def make_entries(options: argparse.Namespace, float_file: Path, folder: Path) ->
         quantize(float_file, theirs, file_type, imatrix, tensor_types(ours) if options.like_ours else None)
         check_equal_types(ours, theirs)
         entries += [Entry(file_type, THEIRS, theirs), Entry(file_type, OURS, ours)]
+        if options.limits:
+            entries += limits(float_file, file_type, tensor_types(ours), folder)
     for option in options.peer:
         name, _, path = option.partition("=")
         maker, _, file_type = name.partition(":")
         entries.append(Entry(file_type.lower(), maker, Path(path)))
+    return entries
+
+
+def limits(float_file: Path, file_type: str, types: dict[str, int], folder: Path) -> list[Entry]:
+    """What no tuning of the linears can change: the embedding and head of this type alone, and what llama.cpp's 8-bit
+    activations cost when the linears are as good as exact (Q8_0)."""
+    floats = tensor_types(float_file)
+    parts = {
+        "embedding and head alone": {name: code for name, code in types.items() if not name.startswith("blk.")},
+        "linears in Q8_0": {name: Q8_0 for name, code in types.items() if name.startswith("blk.") and code != F32},
+    }
+    entries = []
+    for maker, changed in parts.items():
+        path = folder / f"{file_type}, {maker}.gguf"
+        quantize(float_file, path, "q8_0", None, floats | changed)
+        entries.append(Entry(file_type, maker, path))
     return entries
 
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.llama_quantize import collect_importance
-from exporters.gguf.names import gguf_name
 from signround.artifact import ArtifactWriter
 from signround.blocks import DecoderBlocks
 from signround.calibration import CalibrationTokens, load_tokenizer, self_written
 from signround.checkpoint import SourceCheckpoint
 from signround.evaluate import score
 from signround.events import silent
+from signround.gguf_names import gguf_name
 from signround.importance import InputSquares
 from signround.pipeline import prepare
 from signround.runtimes.torch_blocks import TorchBlocks, float_model, tuned_model

@@ -53,6 +53,11 @@ def test_files_are_found_by_the_type_at_the_end_of_their_names(tmp_path: Path) -
         "iq4_xs": "iq4_xs.gguf",
         "q2_k": "elsewhere.gguf",
     }
+    (tmp_path / f"{THEIRS}-q4_k_m.gguf").touch()
+    assert given_files([str(tmp_path)])["q4_k_m"].name == "Qwen3-26M-Q4_K_M.gguf"
+    (tmp_path / "other-q4_k_m.gguf").touch()
+    with pytest.raises(SystemExit, match="two files of type q4_k_m"):
+        given_files([str(tmp_path)])
 
 
 def test_files_of_different_types_are_not_compared(tmp_path: Path) -> None:

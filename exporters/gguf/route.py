@@ -16,7 +16,6 @@ from exporters.gguf import hyperparameters
 from exporters.gguf.card import read_card
 from exporters.gguf.container import TensorEntry
 from exporters.gguf.layout import AUTO
-from exporters.gguf.names import gguf_name
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.probing import transformers_notes
 from exporters.gguf.splits import Part
@@ -26,6 +25,7 @@ from exporters.gguf.writer import UNKNOWN, planned_parts, tensor_data
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import Refusal, RefusedError
 from signround.experts import is_expert
+from signround.gguf_names import gguf_name
 from signround.grid import Grid
 from signround.plan import ModelPlan
 

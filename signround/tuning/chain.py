@@ -25,8 +25,9 @@ from signround.plan import BlockPlan, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 from signround.tuning.inputs import LinearInputs, recorded, squares_of, tokens_of
 from signround.tuning.layer import TunedLayer
-from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
+from signround.tuning.loop import BlockOutcome, tune_block
 from signround.tuning.outer import HeadProblem, quantized_in_slices, tuned_head
+from signround.tuning.problem import BlockProblem
 from signround.tuning.rtn import rounded, rounded_unseen
 from signround.tuning.signround import SignDescent, descent_for
 from signround.tuning.start import plain_start, searched_start

@@ -9,41 +9,19 @@ expert's own tokens. With 128 experts, two trials each on the whole block would 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from signround.experts import RoutedExperts, module_name
 from signround.qtensor import QuantizedTensor
+from signround.tuning.problem import BlockProblem
 
 Candidates = Mapping[str, Mapping[str, QuantizedTensor]]
 
 
-class RoutedBlock(Protocol):
-    """What must be known of a block (`loop.BlockProblem`)."""
-
-    @property
-    def block(self) -> nn.Module:
-        """Its modules, `RoutedExperts` among them."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        ...
-
-    def outputs(self, weights: dict[str, Tensor], picks: Tensor, *, fast: bool) -> tuple[Tensor, Tensor]:
-        """Outputs on the samples `picks`, and their targets, [samples, tokens, hidden]."""
-        ...
-
-    def held_out_batches(self, batch: int) -> tuple[Tensor, ...]:
-        """The samples that are kept back, `batch` at a time."""
-        ...
-
-
 def choose_experts(
-    problem: RoutedBlock,
+    problem: BlockProblem,
     units: Iterable[Sequence[str]],
     candidates: Candidates,
     weights: dict[str, Tensor],
@@ -68,7 +46,7 @@ def choose_experts(
 class _Judge:
     """What the held-out samples were routed to, and `errors` [tokens, hidden]: block outputs less their targets."""
 
-    def __init__(self, problem: RoutedBlock, weights: dict[str, Tensor], batch: int) -> None:
+    def __init__(self, problem: BlockProblem, weights: dict[str, Tensor], batch: int) -> None:
         self.experts = next(module for module in problem.block.modules() if isinstance(module, RoutedExperts))
         routed: list[tuple[Tensor, Tensor, Tensor]] = []
 

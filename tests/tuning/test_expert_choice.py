@@ -11,7 +11,7 @@ from signround.experts import is_expert, unit_of
 from signround.formats import grid_for
 from signround.qtensor import QuantizedTensor
 from signround.tuning.expert_choice import choose_experts
-from signround.tuning.loop import BlockProblem
+from signround.tuning.problem import BlockProblem
 from tests.small_artifacts import rounded_tensor
 from tests.small_models import MIXTURES, write_small_model
 from tests.tuning.problems import problem_of, settings

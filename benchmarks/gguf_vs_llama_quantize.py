@@ -9,10 +9,12 @@ For each type: perplexity, mean KL to the F32 file, top-1 agreement and bytes, a
   tokens of the calibration text (`--imatrix` gives another one, `--save-imatrix` keeps it).
 - Ours: `--ours` names .gguf files, TYPE=PATH, or folders of files whose names end in the type. What is not given is
   made here as `signround quantize MODEL --scheme TYPE --calibration ... --to gguf` does.
-- Peers: `--peer NAME:TYPE=PATH` adds a row for a file that another tool made. AutoRound's, of which
-  `pip install auto-round` is enough: `auto-round --model MODEL --format gguf:q4_k_m --dataset calibration.txt
-  --nsamples 128 --seqlen 512 --output_dir FOLDER`.
-
+- Peers: `--peer NAME:TYPE=PATH` adds a row for a file that another tool made. AutoRound's (0.16.1; for K-quants it
+  advises `--iters 0`, a search without tuning): `auto-round --model MODEL --scheme gguf:q4_k_m --format gguf:q4_k_m
+  --iters 0 --dataset calibration.json --nsamples 128 --seqlen 512 --output_dir FOLDER`, the text as a JSON list of
+  {"text": ...}. Its converter stops at tokenizers it does not know, as those of our example models
+  (`get_vocab_base_pre` in its conversion/base.py must then be made to return the name), and for some families needs
+  the gguf package of llama.cpp's repository.
 - `--limits` adds two rows a type, made by llama-quantize: the embedding and head in their types with float linears, and
   float embedding and head with linears in Q8_0, where nearly all that is left is llama.cpp's rounding of activations
   to 8 bits. What a missed target is made of can be read from them.

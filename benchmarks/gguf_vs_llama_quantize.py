@@ -1,6 +1,6 @@
 """Our .gguf files against llama-quantize's with an importance matrix, both measured by llama.cpp on the file.
 
-    PYTHONPATH=. python -m benchmarks.gguf_vs_llama_quantize MODEL --calibration calibration.txt --text eval.txt \\
+    python -m benchmarks.gguf_vs_llama_quantize MODEL --calibration calibration.txt --text eval.txt \\
         --text wikitext2-valid.txt --type q2_k --type q3_k_m --type q4_k_m --ours FOLDER --json table.json
 
 For each type: perplexity, mean KL to the F32 file, top-1 agreement and bytes, and the ratio of the mean KLs.
@@ -8,10 +8,16 @@ For each type: perplexity, mean KL to the F32 file, top-1 agreement and bytes, a
 - Theirs: `llama_model_quantize` of llama-cpp-python on the F32 file, with the importance matrix of 128 chunks of 512
   tokens of the calibration text (`--imatrix` gives another one, `--save-imatrix` keeps it).
 - Ours: `--ours` names .gguf files, TYPE=PATH, or folders of files whose names end in the type. What is not given is
-  made here: `signround quantize MODEL --scheme TYPE --calibration ... --to gguf`, settings as in its defaults.
-- Peers: `--peer NAME:TYPE=PATH` adds a row for a file that another tool made. AutoRound's, of which
-  `pip install auto-round` is enough: `auto-round --model MODEL --format gguf:q4_k_m --dataset calibration.txt
-  --nsamples 128 --seqlen 512 --output_dir FOLDER`.
+  made here as `signround quantize MODEL --scheme TYPE --calibration ... --to gguf` does.
+- Peers: `--peer NAME:TYPE=PATH` adds a row for a file that another tool made. AutoRound's (0.16.1; for K-quants it
+  advises `--iters 0`, a search without tuning): `auto-round --model MODEL --scheme gguf:q4_k_m --format gguf:q4_k_m
+  --iters 0 --dataset calibration.json --nsamples 128 --seqlen 512 --output_dir FOLDER`, the text as a JSON list of
+  {"text": ...}. Its converter stops at tokenizers it does not know, as those of our example models
+  (`get_vocab_base_pre` in its conversion/base.py must then be made to return the name), and for some families needs
+  the gguf package of llama.cpp's repository.
+- `--limits` adds two rows a type, made by llama-quantize: the embedding and head in their types with float linears, and
+  float embedding and head with linears in Q8_0, where nearly all that is left is llama.cpp's rounding of activations
+  to 8 bits. What a missed target is made of can be read from them.
 
 Stops when ours and theirs differ in the type of any tensor, unless `--like-ours` gives llama-quantize the types of our
 file. Windows of `--context` tokens, whole texts (or the first `--windows` of each); each window starts afresh, its
@@ -41,9 +47,12 @@ from exporters.gguf.imatrix import read_imatrix, write_imatrix
 from exporters.gguf.layout import TYPE_BYTES
 from runtime_tests.gguf_floats import write_float_gguf
 from signround.evaluate import text_windows
+from signround.events import silent
+from signround.pipeline import prepare, tune
 from signround.runtimes.llama_cpp_windows import WindowRuntime
 
 IMATRIX_CHUNK = 512
+F32, Q8_0 = 0, 8  # ggml's type ids
 OURS, THEIRS = "signround", "llama-quantize"
 TARGETS = {"q2_k": 0.45, "q3_k_m": 0.45, "q4_0": 0.6, "q4_k_m": 0.6, "iq4_xs": 0.6, "q5_k_m": 0.9, "q6_k": 0.9}
 
@@ -104,18 +113,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-imatrix", type=Path)
     parser.add_argument("--chunks", type=int, default=128, help="of the importance matrix")
     parser.add_argument("--like-ours", action="store_true", help="llama-quantize with the tensor types of our file")
+    parser.add_argument("--limits", action="store_true", help="rows for what no tuning of the linears can change")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, help="the first N of each text")
     parser.add_argument("--second-half", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="for tuning what --ours does not give")
+    parser.add_argument("--device", default="cpu", help="for tuning what --ours does not give, as are the next three")
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--seqlen", type=int)
+    parser.add_argument("--iters", type=int)
     parser.add_argument("--keep", type=Path, help="folder for the files made here; default: deleted")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     return parser.parse_args()
 
 
 def given_files(options: Sequence[str]) -> dict[str, Path]:
-    """Type -> path, from TYPE=PATH and folders."""
+    """Type -> path, from TYPE=PATH and folders (llama-quantize's files in them, as `--keep` leaves, are passed over).
+    Stops when two files are of one type."""
     found: dict[str, Path] = {}
     for option in options:
         name, equals, path = option.partition("=")
@@ -124,19 +138,27 @@ def given_files(options: Sequence[str]) -> dict[str, Path]:
             continue
         for file in sorted(Path(option).rglob("*.gguf")):
             ending = re.search(rf"(?:^|[^a-z0-9])({'|'.join(FILE_TYPES)})$", file.stem.lower())
-            if ending:
+            if ending and not file.stem.startswith(THEIRS):
+                if ending[1] in found:
+                    raise SystemExit(f"two files of type {ending[1]}: {found[ending[1]]} and {file}; name one of them")
                 found[ending[1]] = file
     return found
 
 
-def tuned_here(model: Path, file_type: str, calibration: Path, device: str, folder: Path) -> Path:
-    """The default job of signround, exported."""
-    from signround.events import silent
-    from signround.exporting import make_exporters
-    from signround.pipeline import prepare, tune
-
-    (exporter,) = make_exporters(["gguf"])
-    job = prepare(model, file_type, folder / file_type, calibration=str(calibration), device=device)
+def tuned_here(options: argparse.Namespace, file_type: str, folder: Path) -> Path:
+    """The job of `signround quantize`, tuned and exported."""
+    job = prepare(
+        options.model,
+        file_type,
+        folder / file_type,
+        ["gguf"],
+        calibration=str(options.calibration),
+        samples=options.samples,
+        seqlen=options.seqlen,
+        iters=options.iters,
+        device=options.device,
+    )
+    (exporter,) = job.exporters
     return exporter.export(tune(job), folder / file_type / "gguf", silent).target
 
 
@@ -172,15 +194,33 @@ def make_entries(options: argparse.Namespace, float_file: Path, folder: Path) ->
     for file_type in types:
         ours = given.get(file_type)
         if ours is None:
-            ours = tuned_here(options.model, file_type, options.calibration, options.device, folder)
+            ours = tuned_here(options, file_type, folder)
         theirs = folder / f"{THEIRS}-{file_type}.gguf"
         quantize(float_file, theirs, file_type, imatrix, tensor_types(ours) if options.like_ours else None)
         check_equal_types(ours, theirs)
         entries += [Entry(file_type, THEIRS, theirs), Entry(file_type, OURS, ours)]
+        if options.limits:
+            entries += limits(float_file, file_type, tensor_types(ours), folder)
     for option in options.peer:
         name, _, path = option.partition("=")
         maker, _, file_type = name.partition(":")
         entries.append(Entry(file_type.lower(), maker, Path(path)))
+    return entries
+
+
+def limits(float_file: Path, file_type: str, types: dict[str, int], folder: Path) -> list[Entry]:
+    """What no tuning of the linears can change: the embedding and head of this type alone, and what llama.cpp's 8-bit
+    activations cost when the linears are as good as exact (Q8_0)."""
+    floats = tensor_types(float_file)
+    parts = {
+        "embedding and head alone": {name: code for name, code in types.items() if not name.startswith("blk.")},
+        "linears in Q8_0": {name: Q8_0 for name, code in types.items() if name.startswith("blk.") and code != F32},
+    }
+    entries = []
+    for maker, changed in parts.items():
+        path = folder / f"{file_type}, {maker}.gguf"
+        quantize(float_file, path, "q8_0", None, floats | changed)
+        entries.append(Entry(file_type, maker, path))
     return entries
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from exporters.gguf.container import GgufFile
 from exporters.gguf.imatrix import Imatrix
 from exporters.gguf.layout import TYPE_BYTES
-from exporters.gguf.names import gguf_name
 from signround.calibration import file_pieces, load_tokenizer, text_tokens
+from signround.gguf_names import gguf_name
 from signround.importance import InputSquares
 
 # llama_ftype of include/llama.h

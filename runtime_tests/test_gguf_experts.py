@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from gguf import GGUFReader
 
 from exporters.gguf.exporter import GgufExporter
 from runtime_tests.gguf_floats import float_plan, write_float_gguf
@@ -28,6 +30,11 @@ FIRST = [
     pytest.param(family, marks=[] if family == "qwen2-moe" else pytest.mark.slow, id=family) for family in MIXTURES
 ]
 TEXT = "\n".join(f"word{i} {i * 7919} some more text number {i}" for i in range(1500))
+
+
+def report_file(report: dict[str, Any], folder: Path) -> Path:
+    (file,) = report["exports"]["gguf"]["files"]
+    return folder / "out" / str(file["path"])
 
 
 def worst_difference(model: Path, file: Path) -> float:
@@ -59,11 +66,18 @@ def test_the_main_job(family: str, tmp_path: Path) -> None:
     assert tuned == pytest.approx(float_model, rel=0.5)
 
 
-@pytest.mark.parametrize("family", FIRST)
-def test_rounding_without_tuning(family: str, tmp_path: Path) -> None:
-    model = write_small_model(tmp_path / "model", family)
-    report = quantize(model, "q8_0", tmp_path / "out", ["gguf"], method="rtn", samples=4, seqlen=32)
+def test_a_mixed_file_type(tmp_path: Path) -> None:
+    """Rounded without tuning, in llama.cpp's mix for 8 experts: one type a stack, 8 bits for keys and values."""
+    model = write_small_model(
+        tmp_path / "model", "mixtral", hidden_size=256, num_local_experts=8, num_attention_heads=4
+    )
+    report = quantize(model, "q4_k_m", tmp_path / "out", ["gguf"], method="rtn", samples=4, seqlen=32)
     assert report["exports"]["gguf"]["passed"]
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(report_file(report, tmp_path)).tensors}
+    assert types["blk.0.attn_v.weight"] == types["blk.1.attn_k.weight"] == "Q8_0"
+    assert types["blk.0.ffn_gate_exps.weight"] == "Q4_K"
+    assert types["blk.1.ffn_down_exps.weight"] == "Q6_K"
+    assert types["blk.1.ffn_gate_inp.weight"] == "F32"
 
 
 @pytest.mark.parametrize("family", FIRST)

@@ -195,10 +195,10 @@ def test_mixed_files_are_verified(family: str, tmp_path: Path) -> None:
     "family", [pytest.param(name, marks=[] if name == "gemma2" else pytest.mark.slow) for name in MIXED]
 )
 def test_the_main_job(family: str, tmp_path: Path) -> None:
-    """Self-written calibration, tuning of blocks and of all scales together, export, verification."""
+    """Self-written calibration, tuning, export, verification."""
     model = write_small_model(tmp_path / "model", family, tokenizer="llama2", **WHOLE_BLOCKS)
     report = quantize(
-        model, MIXED[family], tmp_path / "out", ["gguf"], samples=8, seqlen=32, iters=20, batch_size=4, end_to_end=4,
+        model, MIXED[family], tmp_path / "out", ["gguf"], samples=8, seqlen=32, iters=20, batch_size=4,
     )  # fmt: skip
     weights = report["exports"]["gguf"]["weights"]
     assert weights["exact"] == weights["tensors"]

@@ -1,11 +1,11 @@
-"""What tuning is worth against llama.cpp's own quantiser on the bundled model: the mean KL to the float model, ours over
-theirs, for every type that we tune, against figures measured once.
+"""What tuning is worth against llama.cpp's own quantiser on the bundled model: mean KL to the float model, ours over
+theirs, type by type, against figures measured once.
 
 Theirs is ggml's C code (`ggml_quantize_chunk`) with an importance matrix of the tokens that we tune on, the same type
 for every linear, decoded by ggml again; ours is forty steps on 32 windows of 64 tokens that the model writes itself.
-Both run in float32 on 16 windows that neither saw. `MEASURED` are the ratios of one run and `MARGIN` is what other
-seeds of the tuner move them by, so this is a guard against losing what there is; the benchmark with full effort, on
-real text and in llama.cpp is `benchmarks/gguf_vs_llama_quantize.py`.
+Both run in float32 on 16 windows that neither saw. `MEASURED` holds the worse of two seeds of the tuner; they differ by
+0.04 at most. This guards what there is, on one thread in seconds a type: the table with full effort, on real text and
+in llama.cpp is `benchmarks/gguf_vs_llama_quantize.py`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.llama_quantize import collect_importance
-from exporters.gguf.names import gguf_name
 from signround.artifact import ArtifactWriter
 from signround.blocks import DecoderBlocks
 from signround.calibration import CalibrationTokens, load_tokenizer, self_written
 from signround.checkpoint import SourceCheckpoint
 from signround.evaluate import score
 from signround.events import silent
+from signround.gguf_names import gguf_name
 from signround.importance import InputSquares
 from signround.pipeline import prepare
-from signround.runtimes.torch_blocks import TorchBlocks, float_model, tuned_model
+from signround.runtimes.torch_blocks import TorchBlocks, float_model, rounded_model, tuned_model
 from signround.tuning.chain import TuningChain
 from tests import ggml
 
@@ -36,9 +36,12 @@ if not ggml.available():
     pytest.skip("needs xllamacpp, which carries ggml's C code", allow_module_level=True)
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "llama-4m"
-MEASURED = {"q2_k": 1.0, "q3_k": 1.0, "q4_0": 1.0, "q4_k": 1.0, "iq4_nl": 1.0, "iq4_xs": 1.0, "q5_k": 1.0, "q6_k": 1.0}
-MARGIN = 0.0
-SEED = 0
+MEASURED = {
+    "q2_k": 0.629, "q3_k": 0.555, "q4_0": 0.624, "q4_k": 0.688, "iq4_nl": 0.871, "iq4_xs": 0.613, "q5_k": 0.713,
+    "q6_k": 0.569,
+}  # fmt: skip
+MARGIN = 0.06  # half as much again as the seeds differ
+SLOW = ("q3_k", "iq4_nl", "q5_k", "q6_k")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,16 @@ def mean_kl(shared: Shared, model: TorchBlocks) -> float:
     return found
 
 
-@pytest.mark.parametrize("kind", MEASURED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in MEASURED]
+)
 def test_tuned_beats_llama_quantize_by_what_it_did(kind: str, shared: Shared, tmp_path: Path) -> None:
     ratio = mean_kl(shared, ours(shared, kind, tmp_path)) / mean_kl(shared, theirs(shared, kind))
     assert ratio <= MEASURED[kind] + MARGIN
+
+
+@pytest.mark.slow
+def test_rounding_over_the_plain_range_is_seen(shared: Shared) -> None:
+    """The comparison can fail: without search and tuning, Q4_K loses to llama.cpp (1.5)."""
+    job = prepare(EXAMPLE, "q4_k", None, samples=32, seqlen=64, iters=40)
+    assert mean_kl(shared, rounded_model(job.checkpoint, job.plan)) > 1.2 * mean_kl(shared, theirs(shared, "q4_k"))

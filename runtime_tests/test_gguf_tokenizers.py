@@ -180,10 +180,10 @@ def test_added_tokens_that_strip_spaces_differ_as_the_note_says(tmp_path: Path) 
 
 
 def test_a_name_that_llama_cpp_takes_for_phi_3(tmp_path: Path) -> None:
-    """Why the plan refuses it: without Phi-3's tokens llama.cpp does not load the file."""
+    """Why `stripping.py` changes such names: without Phi-3's tokens llama.cpp does not load the file."""
     write_byte_level(tmp_path, PUBLISHED["gpt-2"], VOCABULARY)
     carried = read_tokenizer(tmp_path, {}, VOCABULARY)
-    for name, loads in (("My Model", True), ("My Phi3 Chat", False)):
+    for name, loads in (("My Phi 3 Chat", True), ("My Phi3 Chat", False)):
         path = write_vocabulary_file(carried, tmp_path / "vocabulary.gguf", name)
         if loads:
             with opened(path):

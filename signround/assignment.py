@@ -119,5 +119,5 @@ def _mixed(scheme: str, architecture: Architecture, overrides: Overrides, import
         if choice.type in FLOATS:
             floats[name] = f"{choice.reason}; kept in its own precision"
         else:
-            grids[name] = (grid_for(choice.type), choice.reason)
+            grids[name] = (grid_for(choice.type), f"{choice.type} ({choice.reason})")
     return Assignment(grids, floats, resolve(scheme, distinct)[0].name)

@@ -155,9 +155,9 @@ def describe_lines(description: Mapping[str, Any]) -> list[str]:
     kept = Counter(entry["reason"] for entry in description["kept"])
     lines = [
         f"{description['model']}: {description['architecture']}, {description['parameters'] / 1e6:.1f} M parameters",
-        f"scheme {description['scheme']}, {description['bits_per_weight']:.3f} bits a weight in the quantised linears",
-        *(f"  {count} linears quantised: {reason}" for reason, count in reasons.items()),
-        *(f"  {count} tensors kept: {reason}" for reason, count in kept.items()),
+        f"scheme {description['scheme']}, {description['bits_per_weight']:.3f} bits a weight in the quantised matrices",
+        *(f"  quantised: {count}, {reason}" for reason, count in reasons.items()),
+        *(f"  kept: {count}, {reason}" for reason, count in kept.items()),
         *(f"  skipped {name}: {reason}" for name, reason in description["skipped"].items()),
         f"{tuning['method']} on {tuning['device']} ({tuning['compute']} products): {tuning['iters']} steps a block, "
         f"batch {tuning['batch_size']}, {tuning['samples']} samples of {tuning['seqlen']} tokens, "
@@ -165,7 +165,7 @@ def describe_lines(description: Mapping[str, Any]) -> list[str]:
         "sizes: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in description["bytes"].items()),
         "peak memory: "
         + ", ".join(f"{stage} {size / 1e9:.1f} GB" for stage, size in description["memory_bytes"].items()),
-        f"time: at least {description['seconds']:.0f} s of arithmetic for tuning on this machine",
+        f"time: about {description['seconds']:.0f} s of arithmetic for tuning on this machine",
         f"fingerprint {description['fingerprint']}",
     ]
     return [*lines, *(f"note: {note}" for note in description["notes"])]

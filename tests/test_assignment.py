@@ -152,7 +152,7 @@ def test_rows_that_are_no_whole_super_blocks_fall_back() -> None:
     assert types[f"{BLOCK_1}mlp.down_proj.weight"] == "q4_k"
     assert types[EMBEDDING] == "q8_0"
     reason = found.grids[f"{BLOCK_1}self_attn.q_proj.weight"][1]
-    assert reason == "file type q4_k_m; a row of 576 is no multiple of 256: q5_0 instead of q4_k"
+    assert reason == "q5_0 (file type q4_k_m; a row of 576 is no multiple of 256: q5_0 instead of q4_k)"
     assert mixed("iq4_xs", architecture)[f"{BLOCK_1}self_attn.q_proj.weight"] == "iq4_nl"
 
 
@@ -195,7 +195,7 @@ def test_an_override_beats_mix_and_preset() -> None:
         types = types_of(found)
         assert types[f"{BLOCK_1}mlp.down_proj.weight"] == "q8_0"
         assert types["model.layers.2.mlp.down_proj.weight"] == "q5_k"
-        assert found.grids[f"{BLOCK_1}mlp.down_proj.weight"][1] == "--tensor-type blk.1.ffn_down=Q8_0"
+        assert found.grids[f"{BLOCK_1}mlp.down_proj.weight"][1] == "q8_0 (--tensor-type blk.1.ffn_down=Q8_0)"
 
 
 def test_importance_is_known_to_the_mixes_that_ask_for_it() -> None:

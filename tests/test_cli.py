@@ -78,7 +78,7 @@ def test_text_for_people(llama_folder: Path, tmp_path: Path, capsys: Capture) ->
     assert "model.safetensors" in stdout
     code, stdout, _ = run(capsys, "plan", llama_folder, *RTN)
     assert code == 0
-    assert "14 linears quantised" in stdout
+    assert "quantised: 14, scheme w4g32" in stdout
     code, stdout, _ = run(capsys, "schemes")
     assert code == 0
     assert any(line.split() == ["w4g32", "4.500", "gguf,", "gptq,", "onnx"] for line in stdout.splitlines())

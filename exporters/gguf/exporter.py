@@ -19,16 +19,7 @@ from exporters.gguf.imatrix import imatrix_of, importance_of, read_imatrix, writ
 from exporters.gguf.independent import independent_tensors
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES
 from exporters.gguf.metadata import FLOAT_TYPE, GRIDS, grids_of
-from exporters.gguf.names import (
-    COMPUTED,
-    added,
-    checkpoint_name,
-    checkpoint_names,
-    checkpoint_shape,
-    halved,
-    is_router,
-    rotated_heads,
-)
+from exporters.gguf.names import COMPUTED, added, checkpoint_names, checkpoint_shape, halved, is_router, rotated_heads
 from exporters.gguf.naming import file_stem
 from exporters.gguf.origins import ORIGINS, added_values, decoded, in_float32, origins_of, read_back
 from exporters.gguf.packing import BlockType, block_type_for, obstacle, unpack
@@ -42,6 +33,7 @@ from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
 from signround.exporting import ExportedModel, missing_packages
 from signround.files import PARTIAL, files_written_whole
+from signround.gguf_names import checkpoint_name
 from signround.grid import Grid
 from signround.importance import Importance
 from signround.plan import LayerPlan, ModelPlan

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from exporters.gguf.container import KeyValue
-from exporters.gguf.names import ARCHITECTURES, LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
+from exporters.gguf.names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from signround.architecture import Architecture
 from signround.errors import Refusal
+from signround.gguf_names import ARCHITECTURES
 from signround.positions import Rope
 
 ELSEWHERE = "export this model to another format, or choose another model"

@@ -28,9 +28,9 @@ import numpy.typing as npt
 import torch
 
 from exporters.gguf.container import MAGIC, GgufFile, KeyValue, TensorEntry, write
-from exporters.gguf.names import gguf_name
 from signround.errors import Refusal, RefusedError, refuse
 from signround.files import written_whole
+from signround.gguf_names import gguf_name
 from signround.importance import Importance, InputSquares
 
 F32 = 0

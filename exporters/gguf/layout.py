@@ -17,8 +17,9 @@ from torch import Tensor
 
 from exporters.gguf.container import TensorEntry
 from exporters.gguf.hyperparameters import rope_tensors
-from exporters.gguf.names import ARCHITECTURES, file_shape, gguf_name, is_router
+from exporters.gguf.names import file_shape, is_router
 from exporters.gguf.packing import BLOCK_TYPES, block_type_for
+from signround.gguf_names import ARCHITECTURES, gguf_name
 from signround.mixes import FILE_TYPES
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 

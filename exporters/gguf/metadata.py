@@ -12,10 +12,10 @@ from typing import Any
 
 from exporters.gguf.card import read_card
 from exporters.gguf.container import KeyValue
-from exporters.gguf.names import ARCHITECTURES, gguf_name
 from exporters.gguf.naming import model_name
 from signround.architecture import EMBEDDING
 from signround.files import canonical_json
+from signround.gguf_names import ARCHITECTURES, gguf_name
 from signround.grid import Grid
 from signround.plan import ModelPlan
 

@@ -110,12 +110,17 @@ def byte_of_character() -> dict[str, int]:
 
 
 def byte_level_pieces(tokenizer: Tokenizer, text: str) -> list[bytes]:
-    """How tokenizer.json cuts `text` before merging, as bytes; its normalizer is applied first."""
+    """How tokenizer.json cuts `text` before merging, as bytes; its normalizer is applied first. A piece that is not in
+    GPT-2's alphabet is given as it is, which no rule does."""
     if tokenizer.normalizer is not None:
         text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return [text.encode()]
     alphabet = byte_of_character()
-    pieces = tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    return [bytes(alphabet[character] for character in piece) for piece, _ in pieces]
+    pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    return [
+        bytes(map(alphabet.__getitem__, piece)) if alphabet.keys() >= set(piece) else piece.encode() for piece in pieces
+    ]
 
 
 def find_rule(tokenizer: Tokenizer, *, ignore_merges: bool, moot: Callable[[], bool]) -> Rule:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from exporters.gguf.pre_tokenizer import PROBES
 from exporters.gguf.simulation import Simulation, differing
+from signround.errors import refuse
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -16,26 +18,45 @@ Json = Mapping[str, Any]
 MOST_SPECIALS = 24
 
 
+class _Refusing:
+    """The library's errors are `Exception` itself and nothing narrower: exactly those become refusals."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is Exception:
+            raise refuse(
+                f"the tokenizers library cannot use it ({str(error).splitlines()[0]})",
+                "restore the file from the model's publisher",
+                "tokenizer.json",
+            ) from error
+
+
 def loaded(folder: Path) -> Tokenizer:
+    """Raises RefusedError when the library cannot read tokenizer.json."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with _Refusing():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def encoder(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
-    """Token ids of a text, without what is put around it."""
+def encoder(tokenizer: Tokenizer, *, add_special_tokens: bool = False) -> Callable[[str], list[int]]:
+    """Token ids of a text, as a rule without what is put around it. Raises RefusedError when the library cannot."""
 
-    def encode(text: str) -> Sequence[int]:
-        ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+    def encode(text: str) -> list[int]:
+        with _Refusing():
+            ids = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return list(ids)
 
     return encode
 
 
 def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and after a text."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a", add_special_tokens=True).ids
+    plain, full = (encoder(tokenizer, add_special_tokens=special)("a") for special in (False, True))
     starts = [at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain]
     start = starts[0] if starts else 0
     return full[:start], full[start + len(plain) :]
@@ -79,7 +100,7 @@ def transformers_notes(folder: Path) -> list[str]:
         return []
     encode = encoder(loaded(folder))
     texts = (*PROBES, f"a{theirs.eos_token} b")
-    other = [text for text in texts if theirs(text, add_special_tokens=False)["input_ids"] != list(encode(text))]
+    other = [text for text in texts if theirs(text, add_special_tokens=False)["input_ids"] != encode(text)]
     if not other:
         return []
     name = type(theirs).__name__

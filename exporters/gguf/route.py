@@ -16,8 +16,6 @@ from exporters.gguf import hyperparameters
 from exporters.gguf.card import read_card
 from exporters.gguf.container import TensorEntry
 from exporters.gguf.layout import AUTO
-from exporters.gguf.names import gguf_name
-from exporters.gguf.naming import model_name
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.probing import transformers_notes
 from exporters.gguf.splits import Part
@@ -27,10 +25,10 @@ from exporters.gguf.writer import UNKNOWN, planned_parts, tensor_data
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import Refusal, RefusedError
 from signround.experts import is_expert
+from signround.gguf_names import gguf_name
 from signround.grid import Grid
 from signround.plan import ModelPlan
 
-PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 Data = Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]
 
 
@@ -65,9 +63,10 @@ class FromPlan:
         """The family, its stacks of experts, and the tokenizer."""
         found = hyperparameters.refusals(plan.architecture) + _stack_refusals(plan)
         try:
-            return found + _name_refusals(plan, self._tokenizer(plan))
+            self._tokenizer(plan)
         except RefusedError as error:
-            return found + list(error.refusals)
+            found += error.refusals
+        return found
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """What llama.cpp ignores, and how its tokenizer differs. `hyperparameters` names the format itself."""
@@ -91,18 +90,6 @@ class FromPlan:
 
     def _tokenizer(self, plan: ModelPlan) -> CarriedTokenizer:
         return read_tokenizer(plan.files, plan.config, plan.architecture.vocabulary, self.pre)
-
-
-def _name_refusals(plan: ModelPlan, tokenizer: CarriedTokenizer) -> list[Refusal]:
-    """llama.cpp takes a model for Phi-3 by its name, looks for four tokens, and does not load without them."""
-    title = model_name(plan.model, plan.parameters).title.lower()
-    missing = [token for token in PHI3_TOKENS if token not in tokenizer.vocabulary.tokens]
-    if not missing or not any(name in title for name in ("phi3", "phi-3")):
-        return []
-    problem = (
-        f"llama.cpp takes {plan.model} for Phi-3 by its name, and then cannot load it without token {missing[0]!r}"
-    )
-    return [Refusal(problem, "rename the folder", "gguf")]
 
 
 def _stack_refusals(plan: ModelPlan) -> list[Refusal]:

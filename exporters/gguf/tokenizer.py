@@ -16,6 +16,7 @@ from typing import Any
 
 from exporters.gguf.byte_level import carry_byte_level
 from exporters.gguf.pre_tokenizer import AUTO
+from exporters.gguf.probing import loaded
 from exporters.gguf.sentencepiece import carry_sentencepiece, carry_sentencepiece_model
 from exporters.gguf.specials import read_json
 from exporters.gguf.vocabulary import CarriedTokenizer, component_types
@@ -49,16 +50,18 @@ def _read_once(
             "save it with AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers",
             str(folder),
         )
-    tokenizer = read_json(folder / "tokenizer.json")
-    model = tokenizer.get("model") or {}
-    kinds = component_types(tokenizer.get("pre_tokenizer")) | component_types(tokenizer.get("decoder"))
-    if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+    model = read_json(folder / "tokenizer.json").get("model")
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or any(model.get(key) for key in affixes):
+        kind = model.get("type") if isinstance(model, dict) else None
         raise refuse(
-            f"a tokenizer of type {model.get('type')!r} (or one with subword affixes) cannot be carried; "
+            f"a tokenizer of type {kind!r} (or one with subword affixes) cannot be carried; "
             "byte-level BPE and SentencePiece BPE can",
             "export to another format",
             "tokenizer.json",
         )
+    tokenizer = json.loads(loaded(folder).to_str())  # as the library understands it: every field is there
+    kinds = component_types(tokenizer["pre_tokenizer"]) | component_types(tokenizer["decoder"])
     if "ByteLevel" in kinds:
         return carry_byte_level(folder, tokenizer, config, vocabulary, pre)
     return carry_sentencepiece(folder, tokenizer, config, vocabulary)

@@ -18,12 +18,13 @@ from exporters.gguf import metadata
 from exporters.gguf.container import KeyValue, TensorEntry, write
 from exporters.gguf.hyperparameters import hyperparameters, rope_tensors
 from exporters.gguf.layout import Slot, file_type, float_bytes, float_type_of, layout
-from exporters.gguf.names import ARCHITECTURES, added, interleaved, rotated_heads_of
+from exporters.gguf.names import added, interleaved, rotated_heads_of
 from exporters.gguf.packing import pack
 from exporters.gguf.splits import Part, split
 from exporters.gguf.stripping import name_for_llama_cpp
 from exporters.gguf.vocabulary import CarriedTokenizer
 from signround.errors import FailedError
+from signround.gguf_names import ARCHITECTURES
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 

@@ -25,9 +25,10 @@ from signround.plan import BlockPlan, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 from signround.tuning.inputs import LinearInputs, recorded, squares_of, tokens_of
 from signround.tuning.layer import TunedLayer
-from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
+from signround.tuning.loop import BlockOutcome, tune_block
 from signround.tuning.outer import HeadProblem, quantized_in_slices, tuned_head
-from signround.tuning.rtn import rounded
+from signround.tuning.problem import BlockProblem
+from signround.tuning.rtn import rounded, rounded_unseen
 from signround.tuning.signround import SignDescent, descent_for
 from signround.tuning.start import plain_start, searched_start
 
@@ -132,7 +133,7 @@ class TuningChain:
             name = layer.name.removeprefix(BLOCK.format(plan.index))
             if is_expert(name) and (name not in seen or seen[name].tokens < LEAST_EXPERT_TOKENS):
                 weight = self.blocks.parameter(block, name)
-                tensors[name] = rounded(layer.grid, weight)
+                tensors[name] = rounded_unseen(layer.grid, weight)
                 with torch.no_grad():
                     weight.copy_(tensors[name].decode())
         return tensors

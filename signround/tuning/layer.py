@@ -27,10 +27,9 @@ class TunedLayer:
         self.shrink_low = torch.ones_like(start.low, requires_grad=True)  # beta
 
     def ranges(self) -> tuple[Tensor, ...]:
-        """alpha and beta, where moving them helps. The steps of two of an exponent are not walked by small steps, and
-        two-level scales are best left where the search put them (docs/decisions.md has the measurement)."""
-        frozen = self.grid.power_of_two or self.grid.super_block is not None
-        return () if frozen else (self.shrink_high, self.shrink_low)
+        """alpha and beta, where moving them helps: on even levels with a scale a group. Two-level scales and those of
+        codebooks are best left where the search put them (docs/decisions.md has the measurement)."""
+        return (self.shrink_high, self.shrink_low) if self.grid.plain else ()
 
     def fake_quantized(self) -> Tensor:
         """Decoded weight [rows, columns] with straight-through gradients to V, alpha and beta."""

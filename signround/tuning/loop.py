@@ -7,83 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from signround.blocks import DecoderBlocks
-from signround.experts import unit_of
+from signround.experts import is_expert, unit_of
 from signround.qtensor import QuantizedTensor
 from signround.recipes import TuningSettings
+from signround.tuning.expert_choice import choose_experts
 from signround.tuning.layer import TunedLayer
+from signround.tuning.problem import BlockProblem, Problem
 from signround.tuning.rtn import rounded
 from signround.tuning.signround import SignDescent
 
 CHECKS = 10  # times that the held-out subset is looked at
-
-
-class Problem(Protocol):
-    """Something to fit: layers by name, and how far their outputs are off."""
-
-    @property
-    def index(self) -> int:
-        """Decides, with the seed, the order of samples."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layers are tuned."""
-        ...
-
-    def original(self, name: str) -> Tensor:
-        """The float32 weight of a layer."""
-        ...
-
-    def loss(self, weights: dict[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
-        """Loss with these weights on the samples `picks` (int64, on the CPU); `fast` for steps, not for judging."""
-        ...
-
-    def held_out_loss(self, weights: dict[str, Tensor], batch: int) -> Tensor:
-        """Loss on the samples that are not trained on, `batch` at a time, without gradients."""
-        ...
-
-
-@dataclass(frozen=True)
-class BlockProblem:
-    """One block to fit: `inputs` and `targets` [samples, tokens, hidden], the last `held_out` samples kept back."""
-
-    blocks: DecoderBlocks
-    block: nn.Module
-    index: int
-    inputs: Tensor
-    targets: Tensor
-    held_out: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.blocks.device
-
-    def original(self, name: str) -> Tensor:
-        """See `Problem`."""
-        return self.blocks.parameter(self.block, name)
-
-    def loss(self, weights: dict[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
-        """Mean squared error of the block's output on the samples `picks` (int64, on the CPU)."""
-        device = self.blocks.device
-        where = picks.to(self.inputs.device)
-        inputs = self.inputs[where].to(device, torch.float32, non_blocking=True)
-        targets = self.targets[where].to(device, torch.float32, non_blocking=True)
-        outputs = self.blocks.run(self.block, inputs, self.index, weights, fast=fast)
-        return nn.functional.mse_loss(outputs, targets)
-
-    def held_out_loss(self, weights: dict[str, Tensor], batch: int) -> Tensor:
-        """The same on the held-out samples, in batches, without gradients."""
-        samples = torch.arange(len(self.inputs) - self.held_out, len(self.inputs))
-        with torch.no_grad():
-            parts = [samples[start : start + batch] for start in range(0, self.held_out, batch)]
-            losses = [self.loss(weights, picks, fast=False) * len(picks) for picks in parts]
-            return torch.stack(losses).sum() / self.held_out
 
 
 @dataclass(frozen=True)
@@ -161,8 +98,8 @@ def _batches(settings: TuningSettings, block: int) -> Tensor:
 def _best_of(
     problem: Problem, candidates: Mapping[str, Mapping[str, QuantizedTensor]], settings: TuningSettings
 ) -> BlockOutcome:
-    """Start from all tuned; replace a layer (or the three of an expert at once: each trial costs a pass) wherever
-    another candidate lowers the held-out loss of the block."""
+    """Start from all tuned; replace a layer wherever another candidate lowers the held-out loss of the block, and then
+    the three layers of an expert together."""
     device = problem.device
 
     def loss_of(weights: dict[str, Tensor]) -> float:
@@ -171,20 +108,23 @@ def _best_of(
     def decoded(choice: str) -> dict[str, Tensor]:
         return {name: options[choice].decode().to(device) for name, options in candidates.items()}
 
-    units: dict[str, list[str]] = {}
-    for name in candidates:
-        units.setdefault(unit_of(name), []).append(name)
+    experts: dict[str, list[str]] = {}
+    for name in filter(is_expert, candidates):
+        experts.setdefault(unit_of(name), []).append(name)
     loss_rounded = loss_of(decoded("rounded"))
     chosen = dict.fromkeys(candidates, "tuned")
     weights = decoded("tuned")
     lowest = loss_of(weights)
-    for names in units.values():
-        for choice in ("start", "rounded"):
-            trial = weights | {name: candidates[name][choice].decode().to(device) for name in names}
+    for name, options in candidates.items():
+        for choice in () if is_expert(name) else ("start", "rounded"):
+            trial = weights | {name: options[choice].decode().to(device)}
             loss = loss_of(trial)
             if loss < lowest:
-                lowest, weights = loss, trial
-                chosen |= dict.fromkeys(names, choice)
+                lowest, weights, chosen[name] = loss, trial, choice
+    if experts:
+        assert isinstance(problem, BlockProblem)
+        chosen |= choose_experts(problem, experts.values(), candidates, weights, settings.batch_size)
+        lowest = loss_of(weights)
     tensors = {name: options[chosen[name]] for name, options in candidates.items()}
     if loss_rounded < lowest:  # greedy replacement may miss that plain rounding of everything is best
         return BlockOutcome(

@@ -46,7 +46,7 @@ class HeadProblem:
         return self.weight.device
 
     def original(self, name: str) -> Tensor:
-        """See `loop.Problem`."""
+        """See `problem.Problem`."""
         assert name == WEIGHT
         return self.weight
 

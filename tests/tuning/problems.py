@@ -14,7 +14,7 @@ from signround.checkpoint import SourceCheckpoint
 from signround.grid import Grid
 from signround.recipes import TuningSettings, settings_for
 from signround.tuning.layer import TunedLayer
-from signround.tuning.loop import BlockProblem
+from signround.tuning.problem import BlockProblem
 from signround.tuning.start import plain_start
 
 LINEAR = "mlp.down_proj.weight"

@@ -15,11 +15,12 @@ from signround.blocks import DecoderBlocks
 from signround.checkpoint import SourceCheckpoint
 from signround.estimate import describe
 from signround.experts import is_expert, unit_of
+from signround.formats import grid_for
 from signround.pipeline import Job, prepare, tune
 from signround.report import build_report, markdown
 from signround.tuning.chain import LEAST_EXPERT_TOKENS
 from signround.tuning.inputs import recorded
-from signround.tuning.rtn import rounded
+from signround.tuning.rtn import rounded, rounded_unseen
 from tests.small_models import write_small_model
 
 TEXT = "\n".join(f"word{i} {i * 7919} some more text number {i}" for i in range(1500))
@@ -64,7 +65,7 @@ def test_unreached_experts_are_rounded_and_named(finished: tuple[Job, QuantizedC
             if count < LEAST_EXPERT_TOKENS:
                 assert choice == f"rounded ({count} tokens)"
                 whole = f"model.layers.{record.index}.{name}"
-                plain = rounded(artifact.layers[whole].grid, job.checkpoint.read(whole))
+                plain = rounded_unseen(artifact.layers[whole].grid, job.checkpoint.read(whole))
                 found = artifact.quantized(whole)
                 assert torch.equal(found.codes, plain.codes)
                 assert torch.equal(found.fields["scale"], plain.fields["scale"])
@@ -126,6 +127,23 @@ def test_rounding_alone_has_no_counts(tmp_path: Path) -> None:
     artifact = tune(job_of(write_model(tmp_path / "model"), tmp_path / "out", "rtn"))
     assert all(record.expert_tokens == {} for record in artifact.records())
     assert all(set(record.kept.values()) == {"rounded"} for record in artifact.records())
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "q4_k", "q2_k", "iq4_nl", "q8_0"])
+def test_rounding_unseen_weights_is_not_worse_than_plain_rounding(scheme: str) -> None:
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(4))
+    grid = grid_for(scheme)
+    plain, found = (
+        float((rounding(grid, weight).decode() - weight).square().sum()) for rounding in (rounded, rounded_unseen)
+    )
+    assert found <= plain
+    assert found < 0.95 * plain or scheme == "q8_0"
+
+
+def test_two_bits_with_one_scale_a_group_stay_with_the_plain_range() -> None:
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(4))
+    plain, found = (rounding(grid_for("w2g64"), weight) for rounding in (rounded, rounded_unseen))
+    assert torch.equal(found.codes, plain.codes)
 
 
 def test_experts_are_weighed_by_their_own_tokens(tmp_path: Path) -> None:

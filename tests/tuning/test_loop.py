@@ -14,8 +14,10 @@ from torch import Tensor
 
 from signround.formats import grid_for
 from signround.tuning import loop
+from signround.tuning import problem as problem_room
 from signround.tuning.layer import TunedLayer
-from signround.tuning.loop import BlockOutcome, BlockProblem, tune_block
+from signround.tuning.loop import BlockOutcome, tune_block
+from signround.tuning.problem import BlockProblem
 from signround.tuning.rtn import rounded
 from signround.tuning.signround import descent_for
 from signround.tuning.start import Start, plain_start
@@ -173,7 +175,10 @@ def test_the_step_loop_never_waits_for_the_device() -> None:
     """Reading one number on the host stops a GPU's queue: no such call stands in the loop or in what it calls."""
     waits = {"item", "tolist", "cpu", "numpy", "synchronize", "bool", "float", "int", "nonzero", "equal", "allclose"}
     functions = {
-        node.name: node for node in ast.walk(ast.parse(inspect.getsource(loop))) if isinstance(node, ast.FunctionDef)
+        node.name: node
+        for module in (problem_room, loop)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.FunctionDef)
     }
     (steps,) = [
         node

@@ -336,13 +336,6 @@ def test_the_card_of_the_model_is_carried(tmp_path: Path) -> None:
     assert any("front matter of README.md cannot be read" in note for note in GgufExporter().notes(plan))
 
 
-def test_a_name_that_llama_cpp_takes_for_phi_3(tmp_path: Path) -> None:
-    model = write_small_model(tmp_path / "my-phi3-chat", "llama", layers=1)
-    artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g32")
-    (problem,) = GgufExporter().refusals(artifact.plan)
-    assert "cannot load it without token '</s>'" in problem.problem
-
-
 def test_a_class_of_transformers_that_ignores_tokenizer_json_is_noted(tmp_path: Path) -> None:
     model = write_small_model(tmp_path / "model", "llama", layers=1, tokenizer="llama2")
     artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g32")

@@ -9,9 +9,9 @@ import pytest
 from gguf import Keys
 
 from exporters.gguf.hyperparameters import CLASSES, hyperparameters, notes, refusals, rope_tensors
-from exporters.gguf.names import ARCHITECTURES
 from signround.architecture import Architecture, read_architecture
 from signround.families import FAMILIES
+from signround.gguf_names import ARCHITECTURES
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,

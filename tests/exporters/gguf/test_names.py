@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
-from exporters.gguf.names import (
-    ARCHITECTURES,
-    checkpoint_name,
-    checkpoint_names,
-    gguf_name,
-    halved,
-    interleaved,
-    is_stack,
-    rotated_heads,
-)
+from exporters.gguf.names import checkpoint_names, halved, interleaved, rotated_heads
 from signround.architecture import read_architecture
+from signround.gguf_names import ARCHITECTURES, checkpoint_name, gguf_name, is_stack
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 32}  # fmt: skip

@@ -148,7 +148,7 @@ def test_types_padding_and_added_tokens(tmp_path: Path) -> None:
     extra = [
         {"id": 512, "content": "user▁token", "special": False, **plain},
         {"id": 513, "content": "<|looks_special|>", "special": False, **plain},
-        {"id": 900, "content": "<far>", "special": True, **plain, "rstrip": True},
+        {"id": 514, "content": "<far>", "special": True, **plain, "rstrip": True},
     ]
     carried = read_tokenizer(edited(tmp_path, added_tokens=added + extra), {}, 520)
     tokens, types = carried.vocabulary.tokens, carried.vocabulary.types
@@ -157,7 +157,8 @@ def test_types_padding_and_added_tokens(tmp_path: Path) -> None:
     assert (tokens[512], types[512]) == ("user token", USER_DEFINED)
     assert types[513] == CONTROL
     assert (tokens[515], types[515]) == ("[PAD515]", UNUSED)
-    assert any("<far>" in note and "left out" in note for note in carried.notes)
+    fewer = read_tokenizer(tmp_path, {}, 514)
+    assert any("<far>" in note and "left out" in note for note in fewer.notes)
     assert any("strip spaces" in note for note in carried.notes)
 
 
@@ -326,3 +327,34 @@ def test_what_cannot_be_carried_says_why(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(RefusedError, match="not valid JSON"):
         read_tokenizer(tmp_path, {}, 512)
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where to damage a JSON value: the first entries of everything, at any depth."""
+    found: list[tuple[Any, ...]] = [place] if place else []
+    keys = list(value)[:8] if isinstance(value, dict) else range(min(1, len(value))) if isinstance(value, list) else ()
+    return found + [deeper for key in keys for deeper in places(value[key], (*place, key))]
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_is_one_sentence(file: str, tmp_path: Path) -> None:
+    """Any field missing, or of another type: carried all the same, or a RefusedError. (The tokenizers library itself
+    ends the process for some post-processors, so those stay as they are.)"""
+    write_byte_level(tmp_path, PUBLISHED["llama-bpe"], 600)
+    whole = (tmp_path / file).read_text()
+    refused = 0
+    for place in places(json.loads(whole)):
+        if "post_processor" in place:
+            continue
+        for damage in (None, 7, "x", []):
+            data = json.loads(whole)
+            inner = data
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = damage
+            (tmp_path / file).write_text(json.dumps(data))
+            try:
+                read_tokenizer(tmp_path, {}, 600)
+            except RefusedError:
+                refused += 1
+    assert refused > 3

@@ -150,6 +150,8 @@ class QuantizedCheckpoint:
                 squares[name] = InputSquares(parts[SQUARES][None], parts[SEEN_TOKENS])
         tuning = self.plan.tuning
         dataset = str((self.manifest["calibration"] or {}).get("source", self.plan.calibration.source))
+        if self.plan.imatrix_sha256:  # what it did not hold was measured
+            dataset += f", importance matrix {self.plan.imatrix_sha256[:12]}"
         return Importance(squares, dataset, tuning.samples, tuning.seqlen) if squares else None
 
     def records(self) -> list[BlockRecord]:

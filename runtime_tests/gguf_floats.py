@@ -42,7 +42,7 @@ def write_float_gguf(model: Path, target: Path, float_type: str = "f32") -> Path
     checkpoint = SourceCheckpoint(model)
     plan = float_plan(checkpoint)
 
-    def nothing(name: str) -> QuantizedTensor:
+    def nothing(name: str, rows: range) -> QuantizedTensor:
         raise AssertionError(f"{name} is not quantised")
 
     with open(target, "wb") as stream:
@@ -54,7 +54,7 @@ def write_float_gguf(model: Path, target: Path, float_type: str = "f32") -> Path
                 fingerprint="float",
                 float_type=float_type,
                 quantized=nothing,
-                kept=checkpoint.read,
+                kept=lambda name, rows: checkpoint.read(name)[rows.start : rows.stop],
             )
         )
     assert written

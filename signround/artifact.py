@@ -125,16 +125,16 @@ class QuantizedCheckpoint:
             files |= dict.fromkeys(names, block_file(block.index))
         return files
 
-    def quantized(self, name: str) -> QuantizedTensor:
-        """The integers and fields of linear `name`; one tensor is read."""
+    def quantized(self, name: str, rows: range | None = None) -> QuantizedTensor:
+        """The integers and fields of linear `name`; one tensor is read, or only neighbouring `rows` of it."""
         grid = self.layers[name].grid
         layout = grid.layout(self.layers[name].rows, self.layers[name].columns)
-        parts = self._read(name, ["codes", *layout])
+        parts = self._read(name, ["codes", *layout], rows)
         return QuantizedTensor(grid, parts.pop("codes"), parts)
 
-    def tensor(self, name: str) -> Tensor:
-        """The kept tensor `name` in its own dtype."""
-        return self._read(name, [""])[""]
+    def tensor(self, name: str, rows: range | None = None) -> Tensor:
+        """The kept tensor `name` in its own dtype, or only neighbouring `rows` of it."""
+        return self._read(name, [""], rows)[""]
 
     def weight(self, name: str) -> Tensor:
         """float32: the decoded weight of a linear, or a kept tensor."""
@@ -163,7 +163,10 @@ class QuantizedCheckpoint:
         """Files whose bytes are not those of the manifest (missing ones included)."""
         return [name for name, digest in self.manifest["files"].items() if not _intact(self.folder / name, digest)]
 
-    def _read(self, name: str, parts: list[str], *, optional: bool = False) -> dict[str, Tensor]:
+    def _read(
+        self, name: str, parts: list[str], rows: range | None = None, *, optional: bool = False
+    ) -> dict[str, Tensor]:
+        """Copies of the parts. The file is opened for each call: pages of a mapping count as resident memory."""
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / self._file_of[name]
@@ -171,7 +174,10 @@ class QuantizedCheckpoint:
             with safe_open(path, framework="pt") as file:
                 if optional and f"{name}.{parts[0]}" not in file.keys():  # noqa: SIM118  # not iterable
                     return {}
-                return {part: file.get_tensor(f"{name}.{part}" if part else name).clone() for part in parts}
+                keys = {part: f"{name}.{part}" if part else name for part in parts}
+                if rows is None:
+                    return {part: file.get_tensor(key).clone() for part, key in keys.items()}
+                return {part: file.get_slice(key)[rows.start : rows.stop].clone() for part, key in keys.items()}
         except (OSError, SafetensorError) as error:
             raise FailedError(
                 f"{path}: cannot be read ({str(error).splitlines()[0]}); "

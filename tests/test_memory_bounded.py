@@ -54,8 +54,11 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Alive:
     watch = Alive()
     read, read_parts = SourceCheckpoint.read, QuantizedCheckpoint._read
 
-    def watched_parts(self: QuantizedCheckpoint, name: str, parts: list[str]) -> dict[str, Tensor]:
-        return {part: watch.watched(tensor) for part, tensor in read_parts(self, name, parts).items()}
+    def watched_parts(
+        self: QuantizedCheckpoint, name: str, parts: list[str], rows: range | None = None, *, optional: bool = False
+    ) -> dict[str, Tensor]:
+        found = read_parts(self, name, parts, rows, optional=optional)
+        return {part: watch.watched(tensor) for part, tensor in found.items()}
 
     monkeypatch.setattr(SourceCheckpoint, "read", lambda self, name: watch.watched(read(self, name)))
     monkeypatch.setattr(QuantizedCheckpoint, "_read", watched_parts)

@@ -95,7 +95,7 @@ class GgufExporter:
         Raises FailedError when the disk is full or a matrix overflows.
         """
         plan = artifact.plan
-        stem = file_stem(plan.model, plan.parameters, plan.scheme)
+        stem = file_stem(plan.model, plan.parameters, plan.file_type or plan.scheme)
         parts = self._parts(plan, artifact.fingerprint)
         data = self._route.data(artifact)
         files = tuple(out / part_name(stem, index, len(parts)) for index in range(len(parts)))

@@ -27,6 +27,7 @@ from exporters.gguf.metadata import provenance
 from exporters.gguf.names import COMPUTED
 from exporters.gguf.origins import origin_entries
 from exporters.gguf.packing import block_type_for, pack
+from exporters.gguf.slices import row_slices
 from exporters.gguf.splits import Part, split
 from exporters.gguf.writer import UNKNOWN
 from signround.artifact import QuantizedCheckpoint
@@ -128,9 +129,14 @@ class Template:
 
         def data(entry: TensorEntry) -> Iterator[npt.NDArray[Any]]:
             if entry.name not in swapped:
-                yield self.file.data(entry.name)
+                for rows in row_slices(math.prod(entry.shape[:-1]), entry.shape[-1]):
+                    yield self.file.rows(entry.name, rows.start, rows.stop)
                 return
-            packed = (pack(artifact.quantized(layer.name)) for layer in swapped[entry.name])
+            packed = (
+                pack(artifact.quantized(layer.name, rows))
+                for layer in swapped[entry.name]
+                for rows in row_slices(layer.rows, layer.columns)
+            )
             order = origins[entry.name].rows
             if order is None:
                 yield from packed

@@ -6,6 +6,7 @@ makes the file whole or absent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import IO, Any
@@ -20,6 +21,7 @@ from exporters.gguf.hyperparameters import hyperparameters, rope_tensors
 from exporters.gguf.layout import Slot, file_type, float_bytes, float_type_of, layout
 from exporters.gguf.names import added, interleaved, rotated_heads_of
 from exporters.gguf.packing import pack
+from exporters.gguf.slices import row_slices
 from exporters.gguf.splits import Part, split
 from exporters.gguf.stripping import name_for_llama_cpp
 from exporters.gguf.vocabulary import CarriedTokenizer
@@ -29,6 +31,8 @@ from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 
 UNKNOWN = "0" * 64  # stands for the fingerprint of an artifact that is not tuned yet
+ReadQuantized = Callable[[str, range], QuantizedTensor]  # some rows of a matrix, by its checkpoint name
+ReadKept = Callable[[str, range], Tensor]
 
 
 def entries_of(plan: ModelPlan, tokenizer: CarriedTokenizer, fingerprint: str, float_type: str) -> list[KeyValue]:
@@ -64,8 +68,8 @@ def write_gguf(
     tokenizer: CarriedTokenizer,
     fingerprint: str,
     float_type: str,
-    quantized: Callable[[str], QuantizedTensor],
-    kept: Callable[[str], Tensor],
+    quantized: ReadQuantized,
+    kept: ReadKept,
 ) -> Iterator[str]:
     """The whole model as one file; yields the GGUF name of each tensor after it is written."""
     (part,) = planned_parts(plan, tokenizer, float_type, None, fingerprint)
@@ -74,9 +78,9 @@ def write_gguf(
 
 
 def tensor_data(
-    plan: ModelPlan, float_type: str, quantized: Callable[[str], QuantizedTensor], kept: Callable[[str], Tensor]
+    plan: ModelPlan, float_type: str, quantized: ReadQuantized, kept: ReadKept
 ) -> Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]:
-    """What reads and lays out one tensor of the file, in parts; `quantized` and `kept` read by checkpoint name.
+    """What reads and lays out one tensor of the file, in parts; `quantized` and `kept` read some rows by checkpoint name.
 
     The function raises FailedError when a kept matrix does not fit the dtype asked for.
     """
@@ -85,24 +89,30 @@ def tensor_data(
 
 
 def _parts(
-    slot: Slot,
-    plan: ModelPlan,
-    float_type: str,
-    quantized: Callable[[str], QuantizedTensor],
-    kept: Callable[[str], Tensor],
+    slot: Slot, plan: ModelPlan, float_type: str, quantized: ReadQuantized, kept: ReadKept
 ) -> Iterator[npt.NDArray[Any]]:
-    """The tensor's data, expert by expert where it is a stack of them."""
+    """The tensor's data, expert by expert where it is a stack of them, and slice by slice where a matrix is large."""
     if not slot.sources:
         yield rope_tensors(plan.architecture)[slot.entry.name]
+    more = added(slot.entry.name, ARCHITECTURES[plan.architecture.family.model_type])
+    heads = rotated_heads_of(slot.entry.name, plan.architecture)
     for source in slot.sources:
-        if isinstance(source, LayerPlan):
-            rows: npt.NDArray[Any] = pack(quantized(source.name))
-        else:
-            stored = _cast(kept(source.name), source, float_type)
-            more = added(slot.entry.name, ARCHITECTURES[plan.architecture.family.model_type])
-            rows = float_bytes(stored + more if more else stored).numpy()
-        heads = rotated_heads_of(slot.entry.name, plan.architecture)
-        yield rows if heads is None else interleaved(rows, heads)
+        count, columns = _sizes(source)
+        head = count // heads if heads else 1
+        for rows in row_slices(count, columns, head):
+            if isinstance(source, LayerPlan):
+                data: npt.NDArray[Any] = pack(quantized(source.name, rows))
+            else:
+                stored = _cast(kept(source.name, rows), source, float_type)
+                data = float_bytes(stored + more if more else stored).numpy()
+            yield interleaved(data, len(rows) // head) if heads else data
+
+
+def _sizes(source: LayerPlan | KeptTensor) -> tuple[int, int]:
+    """Rows, and weights a row; a vector is a column."""
+    if isinstance(source, LayerPlan):
+        return source.rows, source.columns
+    return source.shape[0], math.prod(source.shape[1:])
 
 
 def _cast(tensor: Tensor, kept: KeptTensor, float_type: str) -> Tensor:

@@ -157,7 +157,7 @@ def _candidates(grid: Grid, plain: Start) -> Iterator[tuple[Tensor, Tensor]]:
         return
     scale, _ = grid.fit(plain.low, plain.high)
     top = 1.85 if grid.bits == 2 else 1.25
-    for factor in torch.linspace(0.5, top, 46).tolist():
+    for factor in torch.linspace(0.5, top, 24).tolist():
         yield scale * factor, torch.zeros_like(scale)
         if not grid.code_min:
             yield scale * -factor, torch.zeros_like(scale)

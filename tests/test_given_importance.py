@@ -19,6 +19,7 @@ from signround.architecture import EMBEDDING, HEAD
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import RefusedError
 from signround.files import sha256_of
+from signround.gguf_names import gguf_name
 from signround.importance import Importance, InputSquares
 from signround.pipeline import IMATRIX, prepare
 from signround.plan import ModelPlan
@@ -60,8 +61,6 @@ def random_squares(plan: ModelPlan, seed: int = 1) -> dict[str, InputSquares]:
 
 def write_dat(path: Path, squares: Mapping[str, InputSquares]) -> None:
     """The older form, as `llama-imatrix` wrote it: mean square times the number of calls."""
-    from exporters.gguf.names import gguf_name
-
     with open(path, "wb") as stream:
         stream.write(struct.pack("<i", len(squares)))
         for name, found in squares.items():

@@ -137,9 +137,7 @@ def make_exporters(names: Sequence[str], options: Mapping[str, Mapping[str, str]
             )
     unused = [name for name in options if name not in names]
     if unused:
-        raise refuse(
-            f"an option for {unused[0]} is given, but {unused[0]} is not exported", "add it with --to", "--set"
-        )
+        raise refuse(f"an option for {unused[0]} is given, but {unused[0]} is not exported", "add it with --to", "--to")
     return [_configured(name, classes[name].load(), options.get(name, {})) for name in dict.fromkeys(names)]
 
 

@@ -14,6 +14,7 @@ from signround.checkpoint import SourceCheckpoint
 from signround.exporting import available_exporters, make_exporters
 from signround.formats import grid_for, scheme_names
 from signround.grid import Grid
+from signround.mixes import FILE_TYPES, PRESETS
 from signround.qtensor import QuantizedTensor
 from signround.runtimes.targets import kind_of
 
@@ -93,15 +94,24 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def scheme_table() -> list[dict[str, Any]]:
-    """Every scheme with its stored bits a weight (row of 4096) and the installed formats that hold it."""
+    """Everything that `--scheme` takes: grids, then llama.cpp's file types, then presets (`kind`). With stored bits a
+    weight (row of 4096; of most matrices in a mix), the installed formats that hold it, and what it is. A name may be
+    there as a grid and as a file type: it is the mix where all wanted formats read file types."""
     exporters = make_exporters(list(available_exporters()))
     rows = []
     for scheme in scheme_names():
-        grid = grid_for(scheme)
-        holders = []
-        for exporter in exporters:
-            floored = grid_for(scheme, exporter.zero_floor)
-            if exporter.holds(floored, TYPICAL_COLUMNS):
-                holders.append(exporter.name)
-        rows.append({"scheme": scheme, "bits_per_weight": grid.bits_per_weight(TYPICAL_COLUMNS), "formats": holders})
+        floored = {exporter.name: grid_for(scheme, exporter.zero_floor) for exporter in exporters}
+        holders = [each.name for each in exporters if each.holds(floored[each.name], TYPICAL_COLUMNS)]
+        rows.append(_row(scheme, "grid", scheme, holders, "one grid for all linears"))
+    readers = [exporter.name for exporter in exporters if exporter.file_types]
+    rows += [_row(row.name, "file type", row.type, readers, row.description) for row in FILE_TYPES.values()]
+    for preset in PRESETS.values():
+        rows.append(_row(preset.name, "preset", FILE_TYPES[preset.file_type].type, readers, preset.purpose))
     return rows
+
+
+def _row(scheme: str, kind: str, type: str, formats: list[str], description: str) -> dict[str, Any]:
+    bits = grid_for(type).bits_per_weight(TYPICAL_COLUMNS)
+    return {
+        "scheme": scheme, "kind": kind, "bits_per_weight": bits, "formats": formats, "description": description,
+    }  # fmt: skip

@@ -82,6 +82,9 @@ def test_text_for_people(llama_folder: Path, tmp_path: Path, capsys: Capture) ->
     code, stdout, _ = run(capsys, "schemes")
     assert code == 0
     assert any(line.split() == ["w4g32", "4.500", "gguf,", "gptq,", "onnx"] for line in stdout.splitlines())
+    mixes = stdout.split("embedding and head included")[1].splitlines()
+    assert any(line.split()[:4] == ["q4_k_m", "4.500", "gguf", "4.5"] for line in mixes)
+    assert any(line.startswith("mobile ") and "phones" in line for line in mixes)
 
 
 def test_a_failed_gate_is_exit_code_1(

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from signround.artifact import QuantizedCheckpoint
+from signround.assignment import is_file_type
 from signround.errors import RefusedError, SignroundError
 from signround.exporting import available_exporters
 from signround.formats import scheme_names
 from signround.inspection import inspect_target, inspection_lines, scheme_table
+from signround.mixes import FILE_TYPES, PRESETS
 from signround.pipeline import export
 from tests.small_artifacts import write_rounded_artifact
 
@@ -90,10 +92,34 @@ def test_the_folder_of_a_job_points_to_its_artifact(rounded_artifact: QuantizedC
 
 
 def test_the_table_of_schemes() -> None:
-    rows = {row["scheme"]: row for row in scheme_table()}
+    rows = {row["scheme"]: row for row in scheme_table() if row["kind"] == "grid"}
     assert [*rows] == scheme_names()
     assert rows["w4g32"]["formats"] == ["gguf", "gptq", "onnx"]
     assert rows["w4g32"]["bits_per_weight"] == 4.5
     assert rows["w2g64"]["bits_per_weight"] == 2.25
     assert rows["q4_1"]["formats"] == ["gguf"]
     assert "gguf" not in rows["w3g128"]["formats"]
+
+
+def test_the_table_of_file_types_and_presets() -> None:
+    table = scheme_table()
+    assert [row["kind"] for row in table] == sorted(
+        (row["kind"] for row in table), key=["grid", "file type", "preset"].index
+    )
+    rows = {row["scheme"]: row for row in table if row["kind"] != "grid"}
+    assert [*rows] == [*FILE_TYPES, *PRESETS]
+    assert all(row["formats"] == ["gguf"] for row in rows.values())
+    assert {
+        name: rows[name]["bits_per_weight"] for name in ("q4_k_m", "q2_k", "iq4_xs", "q8_0", "mobile", "small")
+    } == {
+        "q4_k_m": 4.5,
+        "q2_k": 2.625,
+        "iq4_xs": 4.25,
+        "q8_0": 8.5,
+        "mobile": 4.5,
+        "small": 2.625,
+    }
+    assert rows["laptop"]["description"].startswith("processors of laptops")
+    for name, row in rows.items():  # all that the table offers is taken
+        assert is_file_type(name, mixes=True)
+        assert row["description"]

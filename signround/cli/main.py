@@ -166,6 +166,9 @@ def export(
     from signround.cli.progress import ProgressDisplay
 
     options = _options(setting, split_max_size, gguf_template)
+    for flag, value in (("--split-max-size", split_max_size), ("--gguf-template", gguf_template)):
+        if value is not None and to != "gguf":
+            raise refuse(f"{flag} is an option of gguf, the format is {to}", "leave it out", flag)
     if any(name != to for name in options):
         raise refuse(f"--set names another format than {to}", f"write --set {to}.OPTION=VALUE", "--set")
     with ProgressDisplay() as progress:
@@ -238,8 +241,8 @@ def inspect(
 
 @app.command()
 def schemes(as_json: Json = False) -> None:
-    """Every scheme, its bits per weight, and which formats hold it."""
-    from signround.cli.output import print_json, print_table
+    """Every grid, file type of llama.cpp and preset: bits per weight, which formats hold it, what it is for."""
+    from signround.cli.output import print_json, print_lines, print_table
     from signround.inspection import scheme_table
 
     rows = scheme_table()
@@ -247,7 +250,11 @@ def schemes(as_json: Json = False) -> None:
         print_json(rows)
     else:
         cells = [(row["scheme"], f"{row['bits_per_weight']:.3f}", ", ".join(row["formats"]) or "-") for row in rows]
-        print_table(("scheme", "bits/weight", "formats"), cells)
+        grids = sum(row["kind"] == "grid" for row in rows)
+        print_table(("scheme", "bits/weight", "formats"), cells[:grids])
+        print_lines(["", "Mixes of these, embedding and head included; the bits are those of most matrices:", ""])
+        mixes = [(*cell, row["description"]) for cell, row in zip(cells[grids:], rows[grids:], strict=True)]
+        print_table(("file type or preset", "bits/weight", "formats", "what it is"), mixes)
 
 
 def _options(

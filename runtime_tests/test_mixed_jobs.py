@@ -1,7 +1,7 @@
 """llama.cpp's file types as a user asks for them: tuned, exported, every tensor exact, and run in llama.cpp.
 
-Small random models: tied and untied heads, q and k norms, rows that are no whole super-blocks, experts. Their logits are
-flat, so the gate on top-1 is not asserted here, the mean KL is.
+Small random models: tied and untied heads, q and k norms, rows that are no whole super-blocks, experts. Their logits
+are flat, so the gate on top-1 is not asserted here, the mean KL is.
 """
 
 from __future__ import annotations

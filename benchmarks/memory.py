@@ -1,6 +1,7 @@
 """Peak memory of every stage of the main job on random models of 8 and 32 layers: one table.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py --large    (one export of an artifact of Llama-3-8B's shape: `large_artifact.py`)
 
 Each stage runs in a fresh process through the real pipeline. It first runs on a tiny model, so that every import and
 pool is there, then the high-water mark of the operating system (VmHWM) is reset and the stage runs on the real one;
@@ -222,6 +223,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=None, help="where the models go (default: a temporary folder)")
     parser.add_argument("--only", action="append", help="stages to run (those they need must have run in --folder)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--large", action="store_true", help="one export of an 8 B artifact instead (15 GB of disk)")
+    parser.add_argument("--layers", type=int, default=32, help="of the large artifact")
+    parser.add_argument("--scale", type=int, default=1, help="divides the widths of the large artifact")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", type=Path, help=argparse.SUPPRESS)
@@ -232,6 +236,11 @@ def main() -> None:
     args = arguments()
     if args.stage:
         print(json.dumps(measure(args.stage, args.home / "model", args.home / "out", args.tiny)))
+        return
+    if args.large:
+        import large_artifact
+
+        large_artifact.table(args.folder, args.layers, args.scale, args.json)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = args.folder or Path(temporary)

@@ -8,6 +8,7 @@ import torch
 
 from signround.artifact import ArtifactWriter, BlockRecord, QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint
+from signround.file_types import Overrides
 from signround.grid import Grid, grouped
 from signround.plan import CalibrationSpec, make_plan
 from signround.qtensor import QuantizedTensor
@@ -25,12 +26,13 @@ def rounded_tensor(weight: torch.Tensor, grid: Grid, flips: torch.Generator | No
 
 
 def write_rounded_artifact(
-    model: Path, folder: Path, scheme: str, zero_floor: int = 0, *, mixes: bool = False
+    model: Path, folder: Path, scheme: str, zero_floor: int = 0, *, mixes: bool = False, overrides: Overrides = ()
 ) -> QuantizedCheckpoint:
-    """The artifact of `model` (a Hugging Face folder) rounded to `scheme` with random flips; `mixes` as in the plan."""
+    """The artifact of `model` (a Hugging Face folder) rounded to `scheme` with random flips; `mixes` and
+    `overrides` as in the plan."""
     checkpoint = SourceCheckpoint(model)
     tuning = settings_for("rtn", context=64, samples=2, seqlen=16)
-    plan = make_plan(checkpoint, scheme, tuning, CalibrationSpec("self"), zero_floor, mixes=mixes)
+    plan = make_plan(checkpoint, scheme, tuning, CalibrationSpec("self"), zero_floor, mixes=mixes, overrides=overrides)
     writer = ArtifactWriter(folder, plan, checkpoint.files)
     flips = torch.Generator().manual_seed(7)
     for kept in plan.outer:

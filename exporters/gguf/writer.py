@@ -80,7 +80,7 @@ def write_gguf(
 def tensor_data(
     plan: ModelPlan, float_type: str, quantized: ReadQuantized, kept: ReadKept
 ) -> Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]:
-    """What reads and lays out one tensor of the file, in parts; `quantized` and `kept` read some rows by checkpoint name.
+    """What reads and lays out one tensor of the file, in parts; `quantized` and `kept` read rows by checkpoint name.
 
     The function raises FailedError when a kept matrix does not fit the dtype asked for.
     """

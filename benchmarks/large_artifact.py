@@ -1,0 +1,264 @@
+"""Export of an artifact of Llama-3-8B's shape to GGUF: seconds, throughput, peak memory. The door is
+
+    python benchmarks/memory.py --large
+
+No model of that size is needed: codes and fields are drawn at random, one tensor in memory at a time, straight into an
+artifact, from a plan that was made of config.json and shapes alone. The tokenizer is the bundled model's, grown to
+128256 tokens by random merges. The export runs in a fresh process through `signround.pipeline.export`, as a user's does
+(hashes of the artifact checked first), and asks the operating system for its peak (VmHWM, interpreter and libraries
+included). `plain` is a sequential write and fsync of as many bytes to the same disk, the faster of two, one before and
+one after. The artifact was just written: it is read from the page cache where memory suffices. Ends with code 1 when
+the peak is not below PEAK_BYTES, with 2 when the disk is too small. Everything is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from signround.architecture import read_architecture
+from signround.artifact import ArtifactWriter, BlockRecord, artifact_bytes
+from signround.checkpoint import SourceCheckpoint, TensorInfo
+from signround.events import Event, StageStarted
+from signround.exporting import Exporter, make_exporters
+from signround.measure import peak_memory
+from signround.pipeline import export
+from signround.plan import CalibrationSpec, KeptTensor, LayerPlan, ModelPlan, make_plan
+from signround.qtensor import QuantizedTensor
+from signround.recipes import settings_for
+
+PEAK_BYTES = 1_500_000_000
+SCHEMES = ("q4_k_m", "w4g32")  # embedding and head quantised, and kept in bfloat16
+TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "llama-4m"
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+ENDS = ("eos_token_id", "pad_token_id")
+SPARE = 1.05  # of the disk space that is needed
+PIECE = 16 << 20  # bytes of a plain write at a time
+
+
+class ShapesOnly(SourceCheckpoint):
+    """A model folder without weights: the tensors are those that its config.json asks for, in bfloat16."""
+
+    def _read_index(self) -> dict[str, TensorInfo]:
+        architecture = read_architecture(self.config)
+        shapes: dict[str, tuple[int, ...]] = dict(architecture.outer())
+        for index in range(architecture.layers):
+            shapes |= architecture.block_linears(index) | architecture.block_kept(index)
+        return {name: TensorInfo(self.folder, shape, torch.bfloat16) for name, shape in shapes.items()}
+
+    @cached_property
+    def sha256(self) -> str:
+        return "0" * 64
+
+
+def write_shape(folder: Path, layers: int, scale: int) -> ShapesOnly:
+    """config.json and tokenizer of Llama-3-8B with `layers` blocks, every size divided by `scale`."""
+    folder.mkdir(parents=True)
+    config: dict[str, Any] = json.loads((TOKENIZER / "config.json").read_text())
+    sizes = {key: max(1, size // scale) for key, size in LLAMA_3_8B.items()}
+    config |= sizes | {"num_hidden_layers": layers, "head_dim": 128, "tie_word_embeddings": False}
+    config |= {"bos_token_id": sizes["vocab_size"] - 2} | dict.fromkeys(ENDS, sizes["vocab_size"] - 1)
+    config |= {"max_position_embeddings": 8192, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(TOKENIZER / "tokenizer_config.json", folder / "tokenizer_config.json")
+    (folder / "tokenizer.json").write_text(json.dumps(grown_tokenizer(sizes["vocab_size"])))
+    return ShapesOnly(folder)
+
+
+def grown_tokenizer(size: int) -> dict[str, Any]:
+    """The bundled byte-level BPE with random merges behind its own, until it has `size` tokens; the special ones are
+    the last, as everywhere in this format."""
+    data: dict[str, Any] = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    vocabulary, merges, specials = data["model"]["vocab"], data["model"]["merges"], data["added_tokens"]
+    words, draw = list(vocabulary), random.Random(0)
+    while len(vocabulary) < size - len(specials):
+        pair = draw.choices(words, k=2)
+        if "".join(pair) not in vocabulary:
+            vocabulary["".join(pair)] = len(vocabulary)
+            merges.append(pair)
+    ids = {entry["content"]: index for index, entry in enumerate(specials, len(vocabulary))}
+    for entry in specials:
+        entry["id"] = ids[entry["content"]]
+    for name, token in data["post_processor"]["processors"][-1]["special_tokens"].items():
+        token["ids"] = [ids[name]]
+    return data
+
+
+def random_quantized(layer: LayerPlan, draw: np.random.Generator) -> QuantizedTensor:
+    """Any codes, and any fields that the grid allows."""
+
+    def integers(field: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        kind = np.int8 if dtype == torch.int8 else np.uint8
+        return torch.from_numpy(draw.integers(*layer.grid.bounds(field), shape, dtype=kind, endpoint=True))
+
+    def halves(shape: tuple[int, int]) -> torch.Tensor:
+        return torch.from_numpy(draw.random(shape, dtype=np.float32) * 1e-3).half()
+
+    layout = layer.grid.layout(layer.rows, layer.columns)
+    fields = {
+        name: halves(shape) if dtype.is_floating_point else integers(name, shape, dtype)
+        for name, (shape, dtype) in layout.items()
+    }
+    return QuantizedTensor(layer.grid, integers("codes", (layer.rows, layer.columns), torch.uint8), fields)
+
+
+def random_kept(kept: KeptTensor) -> torch.Tensor:
+    if len(kept.shape) == 1:
+        return torch.ones(kept.shape, dtype=kept.torch_dtype)
+    return torch.empty(kept.shape, dtype=kept.torch_dtype).uniform_(-0.02, 0.02)
+
+
+def write_random_artifact(checkpoint: SourceCheckpoint, plan: ModelPlan, folder: Path) -> None:
+    """An artifact as tuning writes it, of random integers; one block in memory at a time."""
+    draw = np.random.default_rng(0)
+    writer = ArtifactWriter(folder, plan, checkpoint.files)
+    for kept in plan.outer:
+        writer.commit_outer(kept.name, random_kept(kept))
+    for layer in plan.outer_layers:
+        writer.commit_outer_layer(layer.name, random_quantized(layer, draw), None)
+    for block in plan.blocks:
+        quantized = {layer.name: random_quantized(layer, draw) for layer in block.layers}
+        record = BlockRecord(block.index, 0.0, 1.0, 1.0, {}, 0, 0)
+        writer.commit_block(block.index, quantized, {kept.name: random_kept(kept) for kept in block.kept}, record, {})
+    writer.finish()
+    writer.close()
+
+
+def plain_write(path: Path, size: int) -> float:
+    """Seconds to write `size` bytes of noise in one go and to see them on the disk."""
+    noise = os.urandom(PIECE)
+    started = time.monotonic()
+    with open(path, "wb", buffering=0) as stream:
+        for start in range(0, size, PIECE):
+            stream.write(noise[: size - start])
+        os.fsync(stream.fileno())
+    seconds = time.monotonic() - started
+    path.unlink()
+    return seconds
+
+
+class Watch:
+    """When the export began to write, and the peak before that."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.writing, self.before = self.started, 0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StageStarted):
+            self.writing, self.before = time.monotonic(), peak_memory()[0]
+
+
+def measured_export(artifact: Path, out: Path) -> dict[str, float]:
+    """One export in this process, which must be fresh."""
+    watch = Watch()
+    exported = export(artifact, "gguf", out, on_event=watch)
+    ended = time.monotonic()
+    return {
+        "bytes": sum(path.stat().st_size for path in exported.files),
+        "seconds": ended - watch.started,
+        "writing": ended - watch.writing,
+        "before": watch.before,
+        "peak": peak_memory()[0],
+    }
+
+
+def in_fresh_process(artifact: Path, out: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, str(artifact), str(out)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def enough_disk(folder: Path, plan: ModelPlan, exporter: Exporter) -> None:
+    """Exit with code 2 when artifact and file would not fit."""
+    needed = SPARE * (artifact_bytes(plan) + exporter.estimated_bytes(plan))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        sentence = f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
+        print(f"{sentence}; name another --folder, or fewer --layers.", file=sys.stderr)
+        sys.exit(2)
+
+
+def measure(scheme: str, folder: Path, layers: int, scale: int) -> dict[str, Any]:
+    """Build, export, compare with plain writing, delete."""
+    checkpoint = write_shape(folder / "model", layers, scale)
+    settings = settings_for("rtn", context=8192, samples=2, seqlen=16)
+    plan = make_plan(checkpoint, scheme, settings, CalibrationSpec("self"), mixes=True)
+    exporter = make_exporters(["gguf"])[0]
+    enough_disk(folder, plan, exporter)
+    started = time.monotonic()
+    write_random_artifact(checkpoint, plan, folder / "artifact")
+    building = time.monotonic() - started
+    plain = plain_write(folder / "plain", exporter.estimated_bytes(plan))
+    found = in_fresh_process(folder / "artifact", folder / "out")
+    shutil.rmtree(folder / "out")
+    plain = min(plain, plain_write(folder / "plain", int(found["bytes"])))
+    return {"scheme": scheme, "parameters": plan.parameters, "building": building, "plain": plain, **found}
+
+
+def table(folder: Path | None, layers: int, scale: int, json_file: Path | None) -> None:
+    """Measure and print every scheme; exit code 1 when one takes too much memory."""
+    heads = (
+        "scheme",
+        "weights",
+        "file GB",
+        "seconds",
+        "writing",
+        "GB/s",
+        "Mw/s",
+        "plain",
+        "ratio",
+        "before",
+        "peak MB",
+    )
+    print(" ".join(f"{head:>8}" for head in heads))
+    rows = []
+    for scheme in SCHEMES:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            rows.append(measure(scheme, Path(temporary), layers, scale))
+        print(" ".join(f"{cell:>8}" for cell in _cells(rows[-1])), flush=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1))
+    if any(row["peak"] >= PEAK_BYTES for row in rows):
+        sys.exit(f"the export took more than {PEAK_BYTES / 1e6:.0f} MB")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    weights, size, writing = row["parameters"], row["bytes"], row["writing"]
+    return [
+        row["scheme"],
+        f"{weights / 1e9:.2f} G",
+        f"{size / 1e9:.2f}",
+        f"{row['seconds']:.1f}",
+        f"{writing:.1f}",
+        f"{size / writing / 1e9:.2f}",
+        f"{weights / writing / 1e6:.0f}",
+        f"{row['plain']:.1f}",
+        f"{writing / row['plain']:.2f}",
+        f"{row['before'] / 1e6:.0f}",
+        f"{row['peak'] / 1e6:.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(measured_export(Path(sys.argv[1]), Path(sys.argv[2]))))

@@ -113,7 +113,7 @@ def test_one_expert_in_memory_at_a_time(
     most = 0
     read = QuantizedCheckpoint.quantized
 
-    def counted(self: QuantizedCheckpoint, name: str, rows: tuple[int, int] | None = None) -> QuantizedTensor:
+    def counted(self: QuantizedCheckpoint, name: str, rows: range | None = None) -> QuantizedTensor:
         nonlocal most
         tensor = read(self, name, rows)
         alive.append(weakref.ref(tensor.codes))

@@ -11,6 +11,7 @@ import pytest
 
 from signround import pipeline
 from signround.cli import main as cli
+from signround.cli import progress
 from signround.cli.main import main
 from signround.cli.progress import ProgressDisplay
 from signround.events import BlockTuned, Notice, StageAdvanced, StageStarted
@@ -129,3 +130,13 @@ def test_every_command_has_a_help_page(capsys: Capture, command: str) -> None:
     assert code == 0
     assert f"signround {command}" in stdout
     assert stderr == ""
+
+
+def test_a_lost_interrupt_comes_back_with_the_next_event() -> None:
+    """Raised in a callback from C, KeyboardInterrupt is printed and forgotten; the job must stop all the same."""
+    progress.INTERRUPTED.set()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ProgressDisplay()(Notice("anything"))
+    finally:
+        progress.INTERRUPTED.clear()

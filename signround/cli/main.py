@@ -5,10 +5,13 @@ Every command is a thin door to a function of the library with the same names an
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -275,11 +278,25 @@ def _options(
     return options
 
 
+def _watch_interrupts() -> None:
+    """Ctrl-C raises KeyboardInterrupt, as ever, and is remembered for the next event, should the exception be lost."""
+    from signround.cli.progress import INTERRUPTED
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        INTERRUPTED.set()
+        signal.default_int_handler(number, frame)
+
+    INTERRUPTED.clear()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `signround` command."""
     from signround.cli.output import print_error
 
     _quiet_libraries()
+    _watch_interrupts()
     try:
         code: Any = app(args=arguments, prog_name="signround", standalone_mode=False)
     except SignroundError as error:

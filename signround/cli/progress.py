@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from signround.events import BlockTuned, Event, Notice, StageAdvanced, StageStarted
 from signround.experts import unit_of
 
+# Set by Ctrl-C. The exception alone is not enough: raised while Python runs a callback from C, it is lost.
+INTERRUPTED = threading.Event()
 MOST_NAMES = 8  # more untuned layers than this are counted, not named
 TITLES = {
     "calibrate": "calibration text",
@@ -49,6 +52,8 @@ class ProgressDisplay:
         self._bars.stop()
 
     def __call__(self, event: Event) -> None:
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt
         if isinstance(event, StageStarted):
             self._show(event.stage, 0, event.total, event.detail)
             self.console.print(f"[bold]{TITLES.get(event.stage, event.stage)}[/] {escape(event.detail)}")

@@ -197,8 +197,7 @@ def export(
         )
     on_event(StageStarted("export", exporter.name))
     exported = exporter.export(checkpoint, Path(out), on_event)
-    importance = checkpoint.importance() if isinstance(exporter, ImportanceFiles) else None
-    if importance is not None and isinstance(exporter, ImportanceFiles):
+    if isinstance(exporter, ImportanceFiles) and (importance := checkpoint.importance()) is not None:
         exporter.write_importance(importance, Path(out) / IMATRIX, checkpoint.plan)
     return exported
 

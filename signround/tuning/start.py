@@ -22,7 +22,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from signround.grid import Fields, Grid, grouped, safe_reciprocal
+from signround.grid import Fields, Grid, grouped, half_through, safe_reciprocal
 
 # Weights searched at once: bounds the temporary memory. On a processor the temporaries stay in its cache (5 times as
 # fast as chunks of 2^20 to 2^22, whose pages come from the system anew each time); a GPU wants large kernels.
@@ -128,7 +128,7 @@ def _as_start(grid: Grid, scale: Tensor, minimum: Tensor | None) -> Start:
 def _least_squares(grid: Grid, blocks: Tensor, importance: Tensor, plain: Start) -> tuple[Tensor, Tensor | None]:
     """Of many ranges: the codes they give, refitted; the refit with the least error, [rows, groups] each."""
     direct = replace(grid, super_block=None)
-    best: tuple[Tensor, Tensor] | None = None
+    best_scale, best_minimum = direct.fit(plain.low, plain.high)  # what stays where products overflow
     lowest = torch.full_like(plain.low, torch.inf)
     for scale, minimum in _candidates(direct, plain):
         units = _units(direct, blocks, scale, minimum)
@@ -137,13 +137,10 @@ def _least_squares(grid: Grid, blocks: Tensor, importance: Tensor, plain: Start)
         error = (difference.square() * importance).sum(-1)
         better = error < lowest
         lowest = torch.where(better, error, lowest)
-        best = fitted if best is None else tuple_where(better, fitted, best)
-    assert best is not None
-    return best[0], best[1] if grid.zero == "minimum" else None
-
-
-def tuple_where(better: Tensor, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.where(better, new[0], old[0]), torch.where(better, new[1], old[1])
+        best_scale = torch.where(better, fitted[0], best_scale)
+        if best_minimum is not None:
+            best_minimum = torch.where(better, fitted[1], best_minimum)
+    return best_scale, best_minimum
 
 
 def _candidates(grid: Grid, plain: Start) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,7 +212,8 @@ def _better_super_blocks(
     assert grid.super_block is not None
     groups = grid.super_block.groups
     errors = [_by_super_block(_error(grid, blocks, fields, importance), groups).sum(-1) for fields in candidates]
-    choice = torch.stack(errors).argmin(0)  # [rows, super-blocks]
+    # Errors of huge weights overflow to inf, times an importance of 0 to NaN, which `argmin` would take for the least.
+    choice = torch.stack(errors).nan_to_num(nan=torch.inf).argmin(0)  # [rows, super-blocks]
     best = candidates[0]
     for index, fields in enumerate(candidates[1:], 1):
         chosen = choice == index
@@ -278,5 +276,5 @@ def _refitted_super(grid: Grid, blocks: Tensor, importance: Tensor, fields: dict
         ax, bx = total(units, values), total(below, values)
         inverse = safe_reciprocal(aa * bb - ab.square())
         refitted = {"scale_super": (bb * ax - ab * bx) * inverse, "minimum_super": (aa * bx - ab * ax) * inverse}
-    stored = {name: value.clamp(-65504.0, 65504.0).half().float() for name, value in refitted.items()}
+    stored = {name: half_through(value.nan_to_num()) for name, value in refitted.items()}  # NaN: sums overflowed
     return _better_super_blocks(grid, blocks, importance, [fields, fields | stored])

@@ -108,3 +108,14 @@ def test_ranges_hold_zero() -> None:
     plain = plain_start(grid_for("w4g32-asym"), torch.full((1, 32), 2.0))
     assert plain.low.tolist() == [[0.0]]
     assert plain.high.tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize("magnitude", [1e10, 1e18, 1e30, 1e37])
+@pytest.mark.parametrize("scheme", [*SCHEMES, *TWO_LEVELS])
+def test_weights_whose_squares_overflow_are_searched_without_harm(scheme: str, magnitude: float) -> None:
+    """Sums become inf, and NaN once an importance is 0; what is stored stays finite."""
+    grid = grid_for(scheme)
+    weight, importance = problem(512)
+    importance[::3] = 0.0
+    ranges = searched_start(grid, weight * magnitude, importance)
+    QuantizedTensor.from_grid(grid, weight * magnitude, ranges.fields(grid))  # raises on NaN and Inf

@@ -13,7 +13,7 @@ from exporters.gguf.imatrix import imatrix_of, read_imatrix, write_imatrix
 from runtime_tests.gguf_floats import float_plan, write_float_gguf
 from signround.checkpoint import SourceCheckpoint
 from signround.importance import Importance, InputSquares
-from tests.ggml_c import quantized_by_c
+from tests import ggml
 from tests.small_models import write_small_model
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: xllamacpp has no llama_model_quantize")
@@ -58,6 +58,6 @@ def test_llama_cpp_quantises_with_it(tmp_path: Path) -> None:
     assert set(imatrix.entries) < set(found)
     for name in matrices:
         stored = next(iter(imatrix_of(Importance({name: squares[name]}, "", 1, 1)).entries))
-        wanted = quantized_by_c(Q4_0, checkpoint.read(name).float().numpy(), squares[name].means().numpy()[0])
+        wanted = ggml.quantize_chunk("q4_0", checkpoint.read(name).float().numpy(), squares[name].means().numpy()[0])
         assert np.array_equal(found[stored], wanted), name
         assert not np.array_equal(found[stored], without[stored]), name

@@ -26,7 +26,7 @@ def available() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-class _InitParameters(ctypes.Structure):
+class InitParameters(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
@@ -44,7 +44,7 @@ class _TypeTraits(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     found = importlib.util.find_spec("xllamacpp")
     assert found is not None
     assert found.origin is not None
@@ -56,14 +56,14 @@ def _library() -> ctypes.CDLL:
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
     ]  # fmt: skip
     library.ggml_init.restype = ctypes.c_void_p
-    library.ggml_init.argtypes = [_InitParameters]
+    library.ggml_init.argtypes = [InitParameters]
     library.ggml_free.argtypes = [ctypes.c_void_p]
-    library.ggml_free(library.ggml_init(_InitParameters(1024, None, True)))  # fills ggml's table of fp16 values
+    library.ggml_free(library.ggml_init(InitParameters(1024, None, True)))  # fills ggml's table of fp16 values
     return library
 
 
 def _traits(kind: str) -> _TypeTraits:
-    traits: _TypeTraits = _library().ggml_get_type_traits(ctypes.c_int(IDS[kind])).contents
+    traits: _TypeTraits = library().ggml_get_type_traits(ctypes.c_int(IDS[kind])).contents
     return traits
 
 
@@ -98,6 +98,6 @@ def quantize_chunk(kind: str, weight: Floats, importance: Floats | None = None) 
         importance = np.ascontiguousarray(importance, dtype=np.float32)
         assert importance.shape == (columns,)
     pointer = None if importance is None else importance.ctypes.data
-    written = _library().ggml_quantize_chunk(IDS[kind], weight.ctypes.data, raw.ctypes.data, 0, rows, columns, pointer)
+    written = library().ggml_quantize_chunk(IDS[kind], weight.ctypes.data, raw.ctypes.data, 0, rows, columns, pointer)
     assert written == raw.size
     return raw

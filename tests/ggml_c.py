@@ -1,23 +1,19 @@
-"""ggml's own C functions, called out of xllamacpp's library: an oracle that shares no code with us or gguf-py."""
+"""GGUF files as ggml's own C functions write them (`tests/ggml.py` has the blocks): an oracle that shares no code with
+us or gguf-py."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import ggml
+
 SHAPE = ctypes.c_int64
-
-
-class InitParams(ctypes.Structure):
-    """ggml_init_params: memory size, buffer, no_alloc."""
-
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
 class GgufParams(ctypes.Structure):
@@ -29,16 +25,13 @@ class GgufParams(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     """The shared library of xllamacpp; the test is skipped where it is not installed."""
-    spec = find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
+    if not ggml.available():
         pytest.skip("needs xllamacpp, whose library exports ggml's C functions")
-    found = sorted(Path(spec.origin).parent.glob("xllamacpp*.so"))
-    c = ctypes.CDLL(str(found[0]))
-    for name in ("ggml_init", "ggml_new_tensor_2d", "ggml_get_data_f32", "gguf_init_empty", "gguf_init_from_file"):
+    c = ggml.library()
+    for name in ("ggml_new_tensor_2d", "ggml_get_data_f32", "gguf_init_empty", "gguf_init_from_file"):
         getattr(c, name).restype = ctypes.c_void_p
     c.ggml_new_tensor_2d.argtypes = (ctypes.c_void_p, ctypes.c_int, SHAPE, SHAPE)
-    c.ggml_init.argtypes = (InitParams,)
-    c.ggml_get_data_f32.argtypes = c.ggml_free.argtypes = c.gguf_free.argtypes = (ctypes.c_void_p,)
+    c.ggml_get_data_f32.argtypes = c.gguf_free.argtypes = (ctypes.c_void_p,)
     c.ggml_set_name.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
     c.gguf_set_val_str.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
     c.gguf_set_val_u32.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint32)
@@ -49,26 +42,7 @@ def library() -> ctypes.CDLL:
     c.gguf_init_from_file.argtypes = (ctypes.c_char_p, GgufParams)
     c.gguf_get_n_tensors.restype = c.gguf_get_n_kv.restype = ctypes.c_int64
     c.gguf_get_n_tensors.argtypes = c.gguf_get_n_kv.argtypes = (ctypes.c_void_p,)
-    c.ggml_row_size.restype = c.ggml_quantize_chunk.restype = ctypes.c_size_t
-    c.ggml_row_size.argtypes = (ctypes.c_int, SHAPE)
-    c.ggml_quantize_chunk.argtypes = (
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, SHAPE, SHAPE, SHAPE, ctypes.c_void_p,
-    )  # fmt: skip
     return c
-
-
-def quantized_by_c(type_code: int, weight: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    """`ggml_quantize_chunk` on float32 [rows, columns] with importance float32 [columns]: uint8 [rows, bytes a row]."""
-    c = library()
-    rows, columns = weight.shape
-    raw = np.zeros((rows, c.ggml_row_size(type_code, columns)), np.uint8)
-    source = np.ascontiguousarray(weight, np.float32)
-    given = None if importance is None else np.ascontiguousarray(importance, np.float32)
-    written = c.ggml_quantize_chunk(
-        type_code, source.ctypes.data, raw.ctypes.data, 0, rows, columns, None if given is None else given.ctypes.data
-    )
-    assert written == raw.nbytes
-    return raw
 
 
 def imatrix_by_c(
@@ -76,7 +50,7 @@ def imatrix_by_c(
 ) -> None:
     """What `llama-imatrix` does when it saves: the same calls in the same order, tensors float32 [rows, columns]."""
     c = library()
-    context = c.ggml_init(InitParams(64 << 20, None, False))
+    context = c.ggml_init(ggml.InitParameters(64 << 20, None, False))
     file = c.gguf_init_empty()
     c.gguf_set_val_str(file, b"general.type", b"imatrix")
     names = (ctypes.c_char_p * len(datasets))(*[text.encode() for text in datasets])

@@ -209,8 +209,8 @@ def _compared(
 def _expected(artifact: QuantizedCheckpoint, exported: ExportedModel, name: str) -> Tensor:
     weight = artifact.weight(name)
     if name in exported.added:
-        return weight + exported.added[name]
-    cast = name in artifact.kept and name not in exported.untouched and weight.ndim > 1
+        weight = weight + exported.added[name]
+    cast = name in artifact.kept and name not in exported.untouched and (weight.ndim > 1 or exported.casts_vectors)
     if exported.kept_dtype is not None and cast:
         return weight.to(exported.kept_dtype).float()
     return weight

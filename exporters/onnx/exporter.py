@@ -18,18 +18,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.checker import problems_of
-from exporters.onnx.contrib import ContribFlavour
 from exporters.onnx.decoder import build_decoder
+from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
 from exporters.onnx.linear import Accuracy
 from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of
 from exporters.onnx.packing import refusal_of as grid_refusal
 from exporters.onnx.parts import norm_addend
-from exporters.onnx.reader import ADDED_KEY, DATA, GRAPH, added_to, decode_all, load_graph, read_quantized
+from exporters.onnx.reader import (
+    ADDED_KEY,
+    DATA,
+    DTYPE_KEY,
+    GRAPH,
+    LEVEL_KEY,
+    added_to,
+    decode_all,
+    load_graph,
+    read_quantized,
+)
 from exporters.onnx.rope import positions_of
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import TOKENIZER_FILES
@@ -61,6 +72,9 @@ class OnnxExporter:
     accuracy_level: int = 4
     exact_down_proj: bool = False
     fallback: bool = True
+    flavour: str = "contrib"
+    weights: str = "matmulnbits"
+    dtype: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -82,7 +96,7 @@ class OnnxExporter:
         """Float activations in the down projections, where the outliers are; then everywhere."""
         if not self.fallback or self.accuracy_level != 4:
             return None
-        if not self.exact_down_proj:
+        if not self.exact_down_proj and self.weights == "matmulnbits":
             return replace(self, exact_down_proj=True)
         return replace(self, accuracy_level=0, exact_down_proj=False)
 
@@ -98,7 +112,7 @@ class OnnxExporter:
         found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
         if plan.outer_layers:
             return [*found, _outer_refusal(plan)]
-        return found + ContribFlavour.refusals(plan.architecture)
+        return found + self._form.refusals(plan)
 
     def _level_refusal(self) -> Refusal:
         return Refusal(
@@ -145,15 +159,16 @@ class OnnxExporter:
         return 0 if self.exact_down_proj else self.accuracy_level
 
     @property
-    def _accuracy(self) -> Accuracy:
-        return Accuracy(self.accuracy_level, self.exact_down_proj)
+    def _form(self) -> GraphForm:
+        accuracy = Accuracy(self.accuracy_level, self.exact_down_proj)
+        return GraphForm(self.flavour, self.weights, self.dtype, accuracy)
 
     def estimated_bytes(self, plan: ModelPlan) -> int:
         """See `Exporter.estimated_bytes`: the graph is laid out from shapes, and no tensor is read."""
-        builder = build_decoder(plan, _NoTensors(), self._accuracy)
+        builder = build_decoder(plan, _NoTensors(), self._form)
         tensors = sum(value.const_value.nbytes for value in builder.constants.values() if value.const_value)
         carried = sum(path.stat().st_size for path in _carried_files(plan))
-        config = len(json.dumps(genai_config(plan, GRAPH), indent=2))
+        config = len(json.dumps(genai_config(plan, GRAPH, self._form), indent=2))
         return tensors + NODE_BYTES * len(builder.nodes) + carried + config
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
@@ -164,7 +179,7 @@ class OnnxExporter:
         refusals = self.refusals(plan)
         if refusals:
             raise RefusedError(refusals)
-        model = self._model(build_decoder(plan, artifact, self._accuracy), artifact)
+        model = self._model(build_decoder(plan, artifact, self._form), artifact)
 
         def advanced(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
             on_event(StageAdvanced("export", info.index + 1, info.total, tensor.name or ""))
@@ -177,7 +192,7 @@ class OnnxExporter:
                 size_threshold_bytes=INLINE_BYTES,
                 callback=advanced,
             )
-            (folder / CONFIG).write_text(json.dumps(genai_config(plan, GRAPH), indent=2) + "\n")
+            (folder / CONFIG).write_text(json.dumps(genai_config(plan, GRAPH, self._form), indent=2) + "\n")
             for path in _carried_files(plan):
                 shutil.copyfile(path, folder / path.name)
             problems = problems_of(load_graph(folder), folder)
@@ -190,14 +205,17 @@ class OnnxExporter:
 
     def _model(self, builder: GraphBuilder, artifact: QuantizedCheckpoint) -> ir.Model:
         plan = artifact.plan
-        flavour = ContribFlavour
-        model = builder.model("decoder", flavour.opset, flavour.ir_version, "signround", version("signround"))
+        form = self._form
+        model = builder.model("decoder", form.opset(plan), form.ir_version(plan), "signround", version("signround"))
         model.metadata_props.update(
             {
                 "signround.scheme": plan.scheme,
                 "signround.artifact": artifact.fingerprint,
                 "signround.source_sha256": plan.source_sha256,
-                "signround.accuracy_level": str(self.accuracy_level),
+                LEVEL_KEY: str(self.accuracy_level),
+                "signround.flavour": self.flavour,
+                "signround.weights": self.weights,
+                DTYPE_KEY: self.dtype,
             }
         )
         if addend := norm_addend(plan):
@@ -211,7 +229,9 @@ class OnnxExporter:
         if problems:
             raise refuse(f"the graph is not sound ({problems[0]})", "export the artifact again", str(target))
         files = tuple(sorted(path for path in target.iterdir() if path.is_file()))
-        return ExportedModel(self.name, target, files, added=added_to(model))
+        half = model.metadata_props.get(DTYPE_KEY) == "fp16"
+        kept_dtype = torch.float16 if half else None
+        return ExportedModel(self.name, target, files, kept_dtype, added_to(model), casts_vectors=half)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """See `Exporter.read_back`."""

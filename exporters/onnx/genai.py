@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx.contrib import ContribFlavour
+from exporters.onnx.form import GraphForm
 from exporters.onnx.rope import positions_of
 from signround.plan import ModelPlan
 
@@ -19,7 +19,7 @@ CONFIG = "genai_config.json"
 LONGEST = 4096  # the shared cache is allocated for this many tokens at load; a full context can be gigabytes
 
 
-def genai_config(plan: ModelPlan, graph_file: str) -> dict[str, Any]:
+def genai_config(plan: ModelPlan, graph_file: str, form: GraphForm) -> dict[str, Any]:
     """The content of genai_config.json."""
     architecture = plan.architecture
     family, context = architecture.family.model_type, positions_of(architecture)
@@ -30,7 +30,7 @@ def genai_config(plan: ModelPlan, graph_file: str) -> dict[str, Any]:
             "context_length": context,
             "vocab_size": architecture.vocabulary,
             "decoder": {
-                "session_options": {"provider_options": []},
+                "session_options": {"provider_options": [], **form.session_options},
                 "filename": graph_file,
                 "head_size": architecture.head_dim,
                 "hidden_size": architecture.hidden,
@@ -50,7 +50,7 @@ def genai_config(plan: ModelPlan, graph_file: str) -> dict[str, Any]:
                 },
             },
         },
-        "search": {"max_length": min(context, LONGEST), "past_present_share_buffer": ContribFlavour.shares_cache},
+        "search": {"max_length": min(context, LONGEST), "past_present_share_buffer": form.operators.shares_cache},
     }
 
 

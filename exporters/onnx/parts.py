@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from exporters.onnx.builder import GraphBuilder
-from exporters.onnx.contrib import ContribFlavour
+from exporters.onnx.dequantize import DequantizeWriter
 from exporters.onnx.flavour import Flavour
-from exporters.onnx.linear import Accuracy, LinearWriter, TableWriter
-from exporters.onnx.tensors import TensorSource
+from exporters.onnx.form import GraphForm
+from exporters.onnx.linear import LinearWriter, TableWriter
+from exporters.onnx.tensors import TensorSource, floats
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 class DecoderParts:
     """One graph in the making."""
 
-    def __init__(self, plan: ModelPlan, source: TensorSource, accuracy: Accuracy) -> None:
+    def __init__(self, plan: ModelPlan, source: TensorSource, form: GraphForm) -> None:
         self.plan = plan
         self.architecture = plan.architecture
-        self.builder = GraphBuilder()
-        self.flavour: Flavour = ContribFlavour(self.builder, self.architecture)
-        self.linears = LinearWriter(self.builder, source, accuracy)
-        self.tables = TableWriter(self.builder, source)
+        self.builder = GraphBuilder(form.float_type)
+        self.flavour: Flavour = form.operators(self.builder, self.architecture)
+        packer = LinearWriter(self.builder, source, form.accuracy)
+        self.linears = DequantizeWriter(self.builder, packer) if form.weights == "dequantize" else packer
+        self.tables = TableWriter(self.builder, source, self.flavour)
         self._source = source
 
     @cached_property
@@ -48,16 +49,14 @@ class DecoderParts:
         return self.linears.add(f"{prefix}{linear}", value, [layer], self.architecture.has_bias(linear))
 
     def norm_weight(self, name: str) -> ir.Value:
-        """What a norm multiplies by, float32: the operators compute in the dtype of their weight. Gemma's is the
-        checkpoint's weight + 1, added once, in float32 as transformers adds it at each call."""
-        import onnx_ir as ir
+        """What a norm multiplies by, in the graph's dtype: the operators compute in the dtype of their weight. Gemma's
+        is the checkpoint's weight + 1, added once, in float32 as transformers adds it at each call."""
+        added, dtype = norm_addend(self.plan), self.builder.float_type
 
-        added = norm_addend(self.plan)
+        def read() -> NDArray[Any]:
+            return floats(name, self._source.tensor(name).to(torch.float32) + added, dtype)
 
-        def read() -> NDArray[np.float32]:
-            return (self._source.tensor(name).to(torch.float32) + added).numpy()
-
-        return self.builder.lazy(name, ir.DataType.FLOAT, self.kept[name].shape, read)
+        return self.builder.lazy(name, dtype, self.kept[name].shape, read)
 
 
 def norm_addend(plan: ModelPlan) -> float:

@@ -7,6 +7,7 @@ would compute from the same mask, and transformers.js would begin at 1 for Gemma
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,18 +64,35 @@ class Masks:
 
     def _built(self, name: str, window: int | None) -> ir.Value:
         builder = self._builder
-        queries = self._unsqueezed("mask.queries", self.positions(None), [1, 3])
-        keys = self._unsqueezed("mask.keys", self._all, [1, 2])
-        seen = builder.op("LessOrEqual", f"{name}.causal", [keys, queries])[0]
+        seen = builder.op("LessOrEqual", f"{name}.causal", [self._keys, self._queries])[0]
         if window is not None:
-            first = builder.op("Sub", f"{name}.first", [queries, self._integer(window)])
-            near = builder.op("Greater", f"{name}.near", [keys, *first])
+            first = builder.op("Sub", f"{name}.first", [self._queries, self._integer(window)])
+            near = builder.op("Greater", f"{name}.near", [self._keys, *first])
             seen = builder.op("And", f"{name}.window", [seen, *near])[0]
-        token_keys = self._unsqueezed("mask.token_keys", self._is_token, [1, 2])
-        seen = builder.op("And", f"{name}.tokens", [seen, token_keys])[0]
-        queried = self._last("mask.queried", self._is_token, self._start)
-        padding = builder.op("Not", f"{name}.not_token", [queried])[0]
-        return builder.op("Or", name, [seen, self._unsqueezed(f"{name}.padding", padding, [1, 3])])[0]
+        seen = builder.op("And", f"{name}.tokens", [seen, self._token_keys])[0]
+        return builder.op("Or", name, [seen, self._padding])[0]
+
+    @cached_property
+    def _queries(self) -> ir.Value:
+        """Positions [batch, 1, tokens, 1]."""
+        return self._unsqueezed("mask.queries", self.positions(None), [1, 3])
+
+    @cached_property
+    def _keys(self) -> ir.Value:
+        """Positions [batch, 1, 1, past + tokens]."""
+        return self._unsqueezed("mask.keys", self._all, [1, 2])
+
+    @cached_property
+    def _token_keys(self) -> ir.Value:
+        """bool [batch, 1, 1, past + tokens]: which keys are tokens."""
+        return self._unsqueezed("mask.token_keys", self._is_token, [1, 2])
+
+    @cached_property
+    def _padding(self) -> ir.Value:
+        """bool [batch, 1, tokens, 1]: which queries are padding."""
+        queries = self._last("mask.token_queries", self._is_token, self._start)
+        padding = self._builder.op("Not", "mask.is_padding", [queries])[0]
+        return self._unsqueezed("mask.padding", padding, [1, 3])
 
     def _switched(self, plain: ir.Value, switch: int) -> ir.Value:
         import onnx_ir as ir

@@ -30,7 +30,7 @@ from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of
 from exporters.onnx.packing import refusal_of as grid_refusal
 from exporters.onnx.parts import norm_addend
 from exporters.onnx.reader import ADDED_KEY, DATA, GRAPH, added_to, decode_all, load_graph, read_quantized
-from exporters.onnx.rope import positions_of
+from exporters.onnx.rope import positions_of, rotary_tables
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import TOKENIZER_FILES
 from signround.errors import FailedError, Refusal, RefusedError, refuse
@@ -118,6 +118,12 @@ class OnnxExporter:
                 f"onnx: onnxruntime-genai will allocate {LONGEST} tokens by default (search.max_length in {CONFIG}; "
                 f"the graph takes {positions})."
             )
+        notes += [
+            f"onnx: a text that grows past {table.switch} tokens while it is generated keeps the cached keys of the "
+            "short rope factors, as in transformers' cache; read it anew there (onnxruntime-genai does so at 4097)."
+            for table in rotary_tables(plan.architecture).values()
+            if table.switch is not None
+        ]
         tokenizer = tokenizer_note(plan.files)
         return [*notes, tokenizer] if tokenizer else notes
 

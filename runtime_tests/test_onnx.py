@@ -44,6 +44,7 @@ COVERING = [
     ("qwen3", "w2g32", {}),
     ("qwen3", "w4g64-asym", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
 ]  # fmt: skip
+FAMILIES = frozenset(family for family, _, _ in COVERING)
 
 
 def reference_model(artifact: QuantizedCheckpoint) -> Any:

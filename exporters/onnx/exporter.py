@@ -41,7 +41,7 @@ from exporters.onnx.reader import (
     load_graph,
     read_quantized,
 )
-from exporters.onnx.rope import positions_of
+from exporters.onnx.rope import positions_of, rotary_tables
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import TOKENIZER_FILES
 from signround.errors import FailedError, Refusal, RefusedError, refuse
@@ -132,6 +132,12 @@ class OnnxExporter:
                 f"onnx: onnxruntime-genai will allocate {LONGEST} tokens by default (search.max_length in {CONFIG}; "
                 f"the graph takes {positions})."
             )
+        notes += [
+            f"onnx: a text that grows past {table.switch} tokens while it is generated keeps the cached keys of the "
+            "short rope factors, as in transformers' cache; read it anew there (onnxruntime-genai does so at 4097)."
+            for table in rotary_tables(plan.architecture).values()
+            if table.switch is not None
+        ]
         tokenizer = tokenizer_note(plan.files)
         return [*notes, tokenizer] if tokenizer else notes
 

@@ -139,7 +139,7 @@ class OnnxExporter:
             if table.switch is not None
         ]
         tokenizer = tokenizer_note(plan.files)
-        return [*notes, tokenizer] if tokenizer else notes
+        return [*notes, *self._form.notes(plan), *([tokenizer] if tokenizer else [])]
 
     def _grid_notes(self, plan: ModelPlan, grid: Grid) -> Iterator[str]:
         blocks = {block_of(grid, layer.columns) for layer in plan.layers() if layer.grid == grid}

@@ -3,6 +3,7 @@ what; the operators themselves lie in the flavours and writers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,23 @@ class GraphForm:
             return found
         found = self.operators.refusals(plan.architecture)
         return found + self._dequantize_refusals(plan) if self.weights == "dequantize" else found
+
+    def notes(self, plan: ModelPlan) -> Iterator[str]:
+        """What the choice costs, and which runtimes it needs."""
+        if self._has_int2(plan):
+            yield f"onnx: 2-bit integers are of opset {OPSET_2_BITS}, which onnxruntime loads from 1.27 on."
+        elif self.flavour == "std" and plan.architecture.scales.attention_cap is not None:
+            yield "onnx: before 1.27 onnxruntime capped scores of Attention after it masked them: do not use it."
+        if self.session_options:
+            yield (
+                "onnx: DequantizeLinear has no accuracy_level; genai_config.json sets the session option "
+                f"{LEVEL_OPTION} to {self.accuracy.level}, and plain onnxruntime computes at 4 unless it is told so."
+            )
+        if self.dtype == "fp16" and plan.architecture.family.norm_plus_one:
+            yield (
+                f"onnx: hidden values of published {plan.architecture.family.hf_class} models can pass 65504, where "
+                "fp16 ends; look at the logits in the report before you ship it."
+            )
 
     def _dequantize_refusals(self, plan: ModelPlan) -> list[Refusal]:
         found = dequantize.refusals(plan)

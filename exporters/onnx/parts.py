@@ -10,6 +10,7 @@ import torch
 
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.contrib import ContribFlavour
+from exporters.onnx.experts import ExpertWriter
 from exporters.onnx.flavour import Flavour
 from exporters.onnx.linear import Accuracy, LinearWriter, TableWriter
 from exporters.onnx.tensors import TensorSource
@@ -30,6 +31,7 @@ class DecoderParts:
         self.flavour: Flavour = ContribFlavour(self.builder, self.architecture)
         self.linears = LinearWriter(self.builder, source, accuracy)
         self.tables = TableWriter(self.builder, source)
+        self.experts = ExpertWriter(self.builder, source, accuracy)
         self._source = source
 
     @cached_property

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporters.onnx.expert_checker import expert_problems
+from exporters.onnx.experts import OPERATOR as EXPERTS
 from exporters.onnx.packing import BLOCKS
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ def problems_of(model: ir.Model, folder: Path) -> list[str]:
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             problems += [f"{node.name}: {problem}" for problem in _matmul(node)]
+        if node.op_type == EXPERTS:
+            problems += [f"{node.name}: {problem}" for problem in expert_problems(node)]
     return problems
 
 

@@ -17,6 +17,7 @@ from exporters.onnx.elementwise import capped, scaled
 from exporters.onnx.feed_forward import feed_forward
 from exporters.onnx.flavour import DecoderInputs
 from exporters.onnx.form import GraphForm
+from exporters.onnx.mixture import mixture_of_experts
 from exporters.onnx.parts import DecoderParts
 from exporters.onnx.tensors import TensorSource
 from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD
@@ -92,7 +93,11 @@ class _Decoder:
         presents += present
         attended = self._leave(f"{prefix}attention", attended, prefix, after_attention)
         normed, residual = self._enter(f"{prefix}feed_forward_norm", residual, attended, prefix, before_feed_forward)
-        fed = feed_forward(self.parts, prefix, normed)
+        mixture = self.architecture.mixture
+        if mixture is None:
+            fed = feed_forward(self.parts, prefix, normed)
+        else:
+            fed = mixture_of_experts(self.parts, mixture, index, prefix, normed)
         return residual, self._leave(f"{prefix}feed_forward", fed, prefix, after_feed_forward)
 
     def _enter(

@@ -4,8 +4,8 @@
     model.onnx.data    every tensor
     genai_config.json  what onnxruntime-genai needs to know, beside the tokenizer files and config.json
 
-Refuses, at plan time, grids that MatMulNBits cannot hold, head sizes that GroupQueryAttention cannot run, and mixtures
-of experts.
+Refuses, at plan time, grids that MatMulNBits cannot hold, head sizes that GroupQueryAttention cannot run, and experts
+that QMoE cannot hold.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.checker import problems_of
 from exporters.onnx.decoder import build_decoder
+from exporters.onnx.experts import expert_notes, expert_refusals
 from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
 from exporters.onnx.linear import Accuracy
@@ -104,15 +105,10 @@ class OnnxExporter:
         """See `Exporter.refusals`."""
         found = missing_packages(WRITERS, "onnx", "onnx")
         found += [] if self.accuracy_level in LEVELS else [self._level_refusal()]
-        if plan.architecture.mixture:
-            problem = (
-                f"the decoder graph of {plan.architecture.family.hf_class}, a mixture of experts, is not written yet"
-            )
-            return [*found, Refusal(problem, "export this model to gguf instead", "onnx")]
         found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
         if plan.outer_layers:
             return [*found, _outer_refusal(plan)]
-        return found + self._form.refusals(plan)
+        return found + expert_refusals(plan) + self._form.refusals(plan)
 
     def _level_refusal(self) -> Refusal:
         return Refusal(
@@ -138,6 +134,7 @@ class OnnxExporter:
             for table in rotary_tables(plan.architecture).values()
             if table.switch is not None
         ]
+        notes += expert_notes(plan)
         tokenizer = tokenizer_note(plan.files)
         return [*notes, *self._form.notes(plan), *([tokenizer] if tokenizer else [])]
 

@@ -78,6 +78,9 @@ class GraphForm:
         if found:
             return found
         found = self.operators.refusals(plan.architecture)
+        if plan.architecture.mixture and (self.weights != "matmulnbits" or self.dtype != "fp32"):
+            problem = "a mixture of experts is a QMoE node in float32, which weights=dequantize and dtype=fp16 exclude"
+            found.append(Refusal(problem, "leave weights and dtype as they are", "onnx"))
         return found + self._dequantize_refusals(plan) if self.weights == "dequantize" else found
 
     def notes(self, plan: ModelPlan) -> Iterator[str]:

@@ -9,6 +9,7 @@ import torch
 
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.dequantize import DequantizeWriter
+from exporters.onnx.experts import ExpertWriter
 from exporters.onnx.flavour import Flavour
 from exporters.onnx.form import GraphForm
 from exporters.onnx.linear import LinearWriter, TableWriter
@@ -31,6 +32,7 @@ class DecoderParts:
         packer = LinearWriter(self.builder, source, form.accuracy)
         self.linears = DequantizeWriter(self.builder, packer) if form.weights == "dequantize" else packer
         self.tables = TableWriter(self.builder, source, self.flavour)
+        self.experts = ExpertWriter(self.builder, source, form.accuracy)
         self._source = source
 
     @cached_property

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from exporters.onnx.dequantize import NODE_SUFFIX, Columns, decoded_weight, from_columns, is_weight
+from exporters.onnx.expert_reader import expert_products, read_experts
+from exporters.onnx.experts import OPERATOR as EXPERTS
 from exporters.onnx.linear import GRID_KEY, WEIGHTS_KEY, bias_name
 from exporters.onnx.packing import Packed, layout_of, split, unpack
 from signround.errors import FailedError, RefusedError, refuse
@@ -75,6 +77,8 @@ def added_to(model: ir.Model) -> dict[str, float]:
 def read_quantized(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
     """(weight name, integers and fields) of every linear, fused nodes taken apart."""
     for node in load_graph(folder).graph:
+        if node.op_type == EXPERTS:
+            yield from read_experts(node, _array)
         if node.op_type != "MatMulNBits" and not is_weight(node):
             continue
         weights = json.loads(node.metadata_props[WEIGHTS_KEY])
@@ -127,6 +131,10 @@ def decode_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if name.endswith(KEPT_SUFFIX):
             yield name, torch.from_numpy(_read(tensor, folder).astype(np.float32))
     for node in model.graph.node:
+        if node.op_type == EXPERTS:
+            for names, product, parts in expert_products(node, lambda name: _read(constants[name], folder)):
+                rows = _decoded(product, parts, folder)
+                yield from ((name, rows[place :: len(names)].clone()) for place, name in enumerate(names))
         if node.op_type != "MatMulNBits" and not is_weight(node):
             continue
         if is_weight(node):

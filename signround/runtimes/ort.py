@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 GRAPH = "model.onnx"
 LOGIT_BYTES = 128 * 2**20  # of one batch: windows are batched up to this
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}  # of a cache: onnxruntime's name -> numpy's
+LEVELLED = ("MatMulNBits", "QMoE")
+EXPERT_BITS = ("expert_weight_bits", "fc2_expert_weight_bits")
+NO_PREPACKING = "session.disable_prepacking"
 QUIET = 3  # log severity: errors only; they reach the caller as exceptions anyway
 FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 LEVEL_KEY = "signround.accuracy_level"  # model metadata of files with DequantizeLinear
@@ -58,9 +61,11 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
         model = onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
         raise refuse(f"{GRAPH} is damaged", "export the artifact again", str(folder)) from error
+    options = onnxruntime.SessionOptions()
     if accuracy_level is not None:
         set_accuracy_level(model, accuracy_level)
-    options = onnxruntime.SessionOptions()
+    if accuracy_level == 0 and _has_coarse_experts(model):
+        options.add_session_config_entry(NO_PREPACKING, "1")
     options.log_severity_level = QUIET
     options.intra_op_num_threads = threads
     options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
@@ -79,14 +84,21 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
 
 
 def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:
-    """Set accuracy_level of every MatMulNBits node, in place."""
+    """Set accuracy_level of every MatMulNBits and QMoE node, in place."""
     for attribute in _accuracy_levels(model):
         attribute.i = level
 
 
+def _has_coarse_experts(model: onnx.ModelProto) -> bool:
+    """Whether experts compute with int8 activations at every level: QMoE's packed kernels of 8 bits do. Not packed,
+    their weights are decoded to float32 on each call: slow, and exact (measured with onnxruntime 1.31)."""
+    experts = (node for node in model.graph.node if node.op_type == "QMoE")
+    return any(attribute.i == 8 for node in experts for attribute in node.attribute if attribute.name in EXPERT_BITS)
+
+
 def _accuracy_levels(model: onnx.ModelProto) -> Iterator[Any]:
     for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
+        if node.op_type in LEVELLED:
             yield from (attribute for attribute in node.attribute if attribute.name == "accuracy_level")
 
 

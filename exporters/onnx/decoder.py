@@ -12,7 +12,7 @@ import numpy as np
 
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.contrib import ContribFlavour
-from exporters.onnx.linear import Accuracy, LinearWriter, TableWriter, can_fuse
+from exporters.onnx.linear import Accuracy, LinearWriter, TableWriter, bias_name, can_fuse
 from exporters.onnx.tensors import TensorSource
 from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD
 from signround.plan import BlockPlan, ModelPlan
@@ -36,26 +36,38 @@ class _Decoder:
         self.linears = LinearWriter(self.builder, source, accuracy)
         self.tables = TableWriter(self.builder, source)
         self.layers = {layer.name: layer for layer in plan.layers()}
+        self.kept = {kept.name: kept for kept in plan.kept()}
 
     def build(self) -> GraphBuilder:
         import onnx_ir as ir
 
         ids = self.builder.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
         mask = self.builder.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
-        outer = {kept.name: kept for kept in self.plan.outer}
-        residual, delta = self.tables.gather("embedding", outer[EMBEDDING], ids), None
+        residual, delta = self._embedded(ids), None
         presents: list[ir.Value] = []
         for block in self.plan.blocks:
             residual, delta = self._block(block, residual, delta, mask, presents)
         assert delta is not None
         hidden, _ = self.flavour.add_and_norm("final_norm", residual, delta, self._vector(FINAL_NORM), last=True)
-        logits = self.tables.product("head", hidden, outer[EMBEDDING if self.architecture.tied else HEAD])
+        logits = self._logits(hidden)
         shape: list[int | str] = ["batch_size", "sequence_length", self.architecture.vocabulary]
         self.builder.output(logits, "logits", ir.DataType.FLOAT, shape)
         for index, present in enumerate(presents):
             name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
             self.builder.output(present, name, ir.DataType.FLOAT, self._cache_shape("total_sequence_length"))
         return self.builder
+
+    def _embedded(self, ids: ir.Value) -> ir.Value:
+        if EMBEDDING in self.layers:
+            return self.linears.gather("embedding", self.layers[EMBEDDING], ids, shared=self.architecture.tied)
+        return self.tables.gather("embedding", self.kept[EMBEDDING], ids)
+
+    def _logits(self, hidden: ir.Value) -> ir.Value:
+        name = EMBEDDING if self.architecture.tied else HEAD
+        if name not in self.layers:
+            return self.tables.product("head", hidden, self.kept[name])
+        shared = "embedding" if self.architecture.tied else ""
+        return self.linears.add("head", hidden, [self.layers[name]], False, constants=shared)
 
     def _block(
         self, block: BlockPlan, residual: ir.Value, delta: ir.Value | None, mask: ir.Value, presents: list[ir.Value]
@@ -97,9 +109,10 @@ class _Decoder:
     def _projections(self, prefix: str, normed: ir.Value) -> list[ir.Value | None]:
         """q, k and v; packed into one node where their layouts agree and nothing lies between them and attention."""
         names = [f"self_attn.{part}_proj" for part in "qkv"]
-        layers = [self.layers[f"{prefix}{name}.weight"] for name in names]
+        weights = [f"{prefix}{name}.weight" for name in names]
+        layers = [self.layers[name] for name in weights if name in self.layers]
         biases = [self.architecture.has_bias(name) for name in names]
-        if can_fuse(layers, biases) and not self.architecture.family.qk_norm:
+        if len(layers) == len(names) and can_fuse(layers, biases) and not self.architecture.family.qk_norm:
             return [self.linears.add(f"{prefix}self_attn.qkv_proj", normed, layers, biases[0]), None, None]
         query, key, value = (self._linear(prefix, name, normed) for name in names)
         if self.architecture.family.qk_norm:
@@ -125,8 +138,11 @@ class _Decoder:
         return self._linear(prefix, "mlp.down_proj", gated[0])
 
     def _linear(self, prefix: str, linear: str, value: ir.Value) -> ir.Value:
-        layer = self.layers[f"{prefix}{linear}.weight"]
-        return self.linears.add(f"{prefix}{linear}", value, [layer], self.architecture.has_bias(linear))
+        weight, biased = f"{prefix}{linear}.weight", self.architecture.has_bias(linear)
+        if weight in self.layers:
+            return self.linears.add(f"{prefix}{linear}", value, [self.layers[weight]], biased)
+        bias = self.kept[bias_name(weight)] if biased else None
+        return self.tables.product(f"{prefix}{linear}", value, self.kept[weight], bias)
 
     def _vector(self, name: str) -> ir.Value:
         """A norm's weight, float32: the operators compute in the dtype of their weight."""

@@ -275,8 +275,7 @@ def _cut_super_blocks(plan: ModelPlan) -> list[Refusal]:
     }
     return [
         Refusal(
-            f"rows of {columns} weights are no whole number of super-blocks of 256, which {layer.name} needs "
-            f"({layer.reason})",
+            f"rows of {columns} weights are no whole number of super-blocks of 256, which {layer.name} would need",
             "choose a file type such as q4_k_m with --to gguf alone (it falls back as llama.cpp does), or w4g32",
             "--tensor-type" if "--tensor-type" in layer.reason else "--scheme",
         )

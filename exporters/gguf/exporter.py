@@ -31,10 +31,9 @@ from exporters.gguf.writer import UNKNOWN
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
-from signround.experts import is_expert
 from signround.exporting import ExportedModel, missing_packages
 from signround.files import PARTIAL, files_written_whole
-from signround.gguf_names import checkpoint_name, gguf_name
+from signround.gguf_names import checkpoint_name
 from signround.grid import Grid
 from signround.importance import Importance
 from signround.plan import LayerPlan, ModelPlan
@@ -232,22 +231,7 @@ def _grid_refusals(plan: ModelPlan) -> list[Refusal]:
     return [
         Refusal(f"{problem} ({layers[0].name} and {len(layers) - 1} more)", next_step, "gguf")
         for (problem, next_step), layers in reasons.items()
-    ] + _stack_refusals(plan)
-
-
-def _stack_refusals(plan: ModelPlan) -> list[Refusal]:
-    """All experts of a block are one tensor, with one type."""
-    types: dict[str, set[Grid | None]] = {}
-    for block in plan.blocks:
-        sources = [(layer.name, layer.grid) for layer in block.layers] + [(kept.name, None) for kept in block.kept]
-        for name, grid in sources:
-            if is_expert(name):
-                types.setdefault(gguf_name(name), set()).add(grid)
-    mixed = [name for name, grids in types.items() if len(grids) > 1]
-    if not mixed:
-        return []
-    problem = f"{mixed[0]} is one tensor of all experts, the plan gives them several grids ({len(mixed)} such tensors)"
-    return [Refusal(problem, "let the pattern of --tensor-type name all experts of a block, or none", "gguf")]
+    ]
 
 
 def _growth_notes(plan: ModelPlan) -> list[str]:

@@ -7,6 +7,7 @@ It knows nothing of language models, and refuses (ValueError) to give two consta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +21,18 @@ if TYPE_CHECKING:
 MICROSOFT = "com.microsoft"
 
 
+@dataclass(frozen=True)
+class View:
+    """A constant that is the bytes of another one, `of`, in another shape; it takes no room in the file."""
+
+    value: ir.Value
+    of: ir.Value
+
+
 class GraphBuilder:
-    """Collects inputs, outputs, nodes and constants; `model` puts them together. `float_type` is what the graph
-    computes in: of its activations, and of the constants that meet them."""
+    """Collects inputs, outputs, nodes and constants; `model` puts them together. `views` become constants when the file
+    is written (`saving.py`): only then it is known where the bytes lie. `float_type` is what the graph computes in: of
+    its activations, and of the constants that meet them."""
 
     def __init__(self, float_type: ir.DataType | None = None) -> None:
         import onnx_ir as ir
@@ -32,6 +42,7 @@ class GraphBuilder:
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.constants: dict[str, ir.Value] = {}
+        self.views: list[View] = []
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """A graph input; strings are symbolic dimensions."""
@@ -76,6 +87,15 @@ class GraphBuilder:
         value = _value(name, dtype, shape)
         value.const_value = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
         self.constants[name] = value
+        return value
+
+    def view(self, name: str, of: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """The constant `of` in another shape of as many elements: a second name for the same bytes of the file."""
+        import onnx_ir as ir
+
+        assert of.const_value is not None
+        value = ir.Value(name=name, type=ir.TensorType(of.const_value.dtype), shape=ir.Shape(shape))
+        self.views.append(View(value, of))
         return value
 
     def op(

@@ -1,4 +1,5 @@
-"""Our own look at a written graph: what onnx.checker does not know of MatMulNBits, and onnxruntime says too late.
+"""Our own look at a written graph: what onnx.checker does not know of MatMulNBits and GatherBlockQuantized, and
+onnxruntime says too late.
 
 Each rule stands for a defect that onnxruntime meets silently, slowly or only at the first run. Weights are not judged.
 """
@@ -26,10 +27,9 @@ def problems_of(model: ir.Model, folder: Path) -> list[str]:
     """Every defect found in a loaded graph whose external data lies in `folder`; empty when it is sound."""
     problems = [*_names(model), *_external_data(model, folder)]
     for node in model.graph:
-        if node.op_type == "MatMulNBits":
-            problems += [f"{node.name}: {problem}" for problem in _matmul(node)]
-        if node.op_type == EXPERTS:
-            problems += [f"{node.name}: {problem}" for problem in expert_problems(node)]
+        rules = {"MatMulNBits": _matmul, "GatherBlockQuantized": _gather, EXPERTS: expert_problems}.get(node.op_type)
+        if rules is not None:
+            problems += [f"{node.name}: {problem}" for problem in rules(node)]
     return problems
 
 
@@ -80,9 +80,38 @@ def _matmul(node: ir.Node) -> Iterator[str]:
         3: (rows, -(-blocks * bits // 8)),
         5: (rows,),
     }
+    yield from _constants(node, wanted, (1, 2))
+
+
+def _gather(node: ir.Node) -> Iterator[str]:
+    missing = [name for name in ("bits", "block_size", "gather_axis", "quantize_axis") if name not in node.attributes]
+    if missing:
+        yield f"attribute {missing[0]} is missing"
+        return
+    bits, block = (node.attributes[name].as_int() for name in ("bits", "block_size"))
+    axes = tuple(node.attributes[name].as_int() for name in ("gather_axis", "quantize_axis"))
+    if bits not in BITS:
+        yield f"{bits} bits; onnxruntime runs 2, 4 and 8"
+        return
+    if block not in BLOCKS:
+        yield f"blocks of {block}; onnxruntime runs {BLOCKS}"
+        return
+    if axes != (0, 1):
+        yield f"axes {axes}; packed codes need gather_axis 0 and quantize_axis 1"
+    table = node.inputs[0]
+    if table is None or table.const_value is None or len(table.const_value.shape) != 2:
+        yield "input 0 is not a constant of two axes"
+        return
+    rows, width = table.const_value.shape.numpy()
+    blocks = -(-(width * 8 // bits) // block)
+    yield from _constants(node, {2: (rows, blocks), 3: (rows, -(-blocks * bits // 8))}, (2,))
+
+
+def _constants(node: ir.Node, wanted: dict[int, tuple[int, ...]], needed: tuple[int, ...]) -> Iterator[str]:
+    """Shapes of the inputs that must be constants; those `needed` must be there."""
     for index, shape in wanted.items():
         value = node.inputs[index] if index < len(node.inputs) else None
-        if value is None and index in (1, 2):
+        if value is None and index in needed:
             yield f"input {index} is missing"
         elif value is not None and value.const_value is None:
             yield f"input {index} is not a constant"

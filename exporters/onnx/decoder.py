@@ -60,14 +60,25 @@ class _Decoder:
         return self.builder
 
     def _embedded(self, ids: ir.Value) -> ir.Value:
-        rows = self.parts.tables.gather("embedding", self.parts.kept[EMBEDDING], ids)
+        if EMBEDDING in self.parts.layers:
+            layer = self.parts.layers[EMBEDDING]
+            rows = self.parts.packer.gather("embedding", layer, ids, shared=self.architecture.tied)
+        else:
+            rows = self.parts.tables.gather("embedding", self.parts.kept[EMBEDDING], ids)
         return scaled(self.builder, "embedding.scaled", rows, self.architecture.scales.embedding)
 
     def _logits(self, hidden: ir.Value) -> ir.Value:
-        scales, table = self.architecture.scales, self.parts.kept[EMBEDDING if self.architecture.tied else HEAD]
-        raw = self.parts.tables.product("head", hidden, table)
-        small = scaled(self.builder, "head.scaled", raw, 1 / scales.logits)
+        scales, name = self.architecture.scales, EMBEDDING if self.architecture.tied else HEAD
+        small = scaled(self.builder, "head.scaled", self._product(hidden, name), 1 / scales.logits)
         return self._as_float32("head.float", capped(self.builder, "head.capped", small, scales.logits_cap))
+
+    def _product(self, hidden: ir.Value, name: str) -> ir.Value:
+        if name not in self.parts.layers:
+            return self.parts.tables.product("head", hidden, self.parts.kept[name])
+        layers = [self.parts.layers[name]]
+        if self.architecture.tied:  # one table for both
+            return self.parts.packer.add("head", hidden, layers, False, constants="embedding")
+        return self.parts.linears.add("head", hidden, layers, False)
 
     def _as_float32(self, name: str, value: ir.Value) -> ir.Value:
         """Logits are float32 whatever the graph computes in: a Float32Array in a browser, numpy's default elsewhere."""

@@ -27,8 +27,8 @@ from exporters.onnx.decoder import build_decoder
 from exporters.onnx.experts import expert_notes, expert_refusals
 from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
-from exporters.onnx.linear import Accuracy
-from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of
+from exporters.onnx.linear import FAST_LEVEL, Accuracy, is_down_projection
+from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of, has_float_kernel
 from exporters.onnx.packing import refusal_of as grid_refusal
 from exporters.onnx.parts import norm_addend
 from exporters.onnx.reader import (
@@ -43,6 +43,7 @@ from exporters.onnx.reader import (
     read_quantized,
 )
 from exporters.onnx.rope import positions_of, rotary_tables
+from exporters.onnx.saving import save_graph
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import TOKENIZER_FILES
 from signround.errors import FailedError, Refusal, RefusedError, refuse
@@ -56,9 +57,8 @@ from signround.qtensor import QuantizedTensor
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-LEVELS = (0, 1, 2, 3, 4)
+LEVELS = (0, 1, 2, 3, FAST_LEVEL)
 WRITERS = ("onnx", "onnx_ir")
-INLINE_BYTES = 1024  # shape constants must stay in the graph: onnxruntime does not load them from outside
 NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
 CARRIED = ("config.json", *TOKENIZER_FILES)
 
@@ -66,12 +66,15 @@ CARRIED = ("config.json", *TOKENIZER_FILES)
 @dataclass(frozen=True)
 class OnnxExporter:
     """`accuracy_level` is the precision of activations in MatMulNBits: 4 computes with int8 (fast), 0 with float32.
-    `exact_down_proj` keeps down projections, where the outliers are, at 0: about half the difference to float32, for
-    a token that takes some 1.2 times as long at 3 and 4 bits (at 2 and 8 bits there is no fast kernel). With
-    `fallback`, the pipeline writes a model that misses its gate at level 4 again, first so, then at level 0."""
+    `exact_down_proj` keeps down projections of 3 and 4 bits, where the outliers are, at 0: about half the difference to
+    float32, for a token that takes some 1.2 times as long. `keep_fast` keeps products of 2 and 8 bits at 4 whatever
+    `accuracy_level` says: below, onnxruntime decodes the weight on every call. With `fallback`, the pipeline writes a
+    model that misses its gate at level 4 again, first with exact down projections, then with level 0 wherever it is
+    fast."""
 
     accuracy_level: int = 4
     exact_down_proj: bool = False
+    keep_fast: bool = False
     fallback: bool = True
     flavour: str = "contrib"
     weights: str = "matmulnbits"
@@ -94,20 +97,27 @@ class OnnxExporter:
         return grid_refusal(grid) is None
 
     def more_exact(self, plan: ModelPlan) -> OnnxExporter | None:
-        """Float activations in the down projections, where the outliers are; then everywhere."""
-        if not self.fallback or self.accuracy_level != 4:
+        """Float activations in the down projections, where the outliers are; then everywhere. Not in products of 2 and
+        8 bits, which onnxruntime would compute a hundred times as slowly: whoever wants that asks for level 0."""
+        fast = [has_float_kernel(layer.grid) for layer in plan.layers()]
+        if not self.fallback or self.accuracy_level != 4 or not any(fast):
             return None
-        if not self.exact_down_proj and self.weights == "matmulnbits":
+        if self.weights == "dequantize":  # one level for all
+            return replace(self, accuracy_level=0) if all(fast) else None
+        down = any(is_down_projection(layer) and has_float_kernel(layer.grid) for layer in plan.layers())
+        if down and not self.exact_down_proj:
             return replace(self, exact_down_proj=True)
-        return replace(self, accuracy_level=0, exact_down_proj=False)
+        return replace(self, accuracy_level=0, exact_down_proj=False, keep_fast=not all(fast))
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """See `Exporter.refusals`."""
         found = missing_packages(WRITERS, "onnx", "onnx")
         found += [] if self.accuracy_level in LEVELS else [self._level_refusal()]
-        found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
-        if plan.outer_layers:
-            return [*found, _outer_refusal(plan)]
+        found += [
+            replace(refusal, problem=f"{refusal.problem}: {_listed(plan, grid)}")
+            for grid in _grids(plan)
+            if (refusal := grid_refusal(grid))
+        ]
         return found + expert_refusals(plan) + self._form.refusals(plan)
 
     def _level_refusal(self) -> Refusal:
@@ -151,19 +161,17 @@ class OnnxExporter:
                 "onnx: 2 bits in blocks of 16 have no fast kernel in onnxruntime (some 100 times slower); "
                 "prefer w2g32 or w2g64."
             )
-        if grid.bits in (2, 8) and (self.accuracy_level != 4 or self.exact_down_proj):
+        if not has_float_kernel(grid) and self.accuracy_level != FAST_LEVEL and not self.keep_fast:
             yield (
-                f"onnx: at accuracy_level {self._slowest} onnxruntime decodes {grid.bits}-bit weights again on "
-                "every call (some 100 times slower); 4 is the level to ship."
+                f"onnx: at accuracy_level {self.accuracy_level} onnxruntime decodes {grid.bits}-bit weights again on "
+                "every call (some 100 times slower); 4 is the level to ship, onnx.keep_fast=true keeps it there."
             )
-
-    @property
-    def _slowest(self) -> int:
-        return 0 if self.exact_down_proj else self.accuracy_level
+        elif not has_float_kernel(grid) and (self.keep_fast or self.exact_down_proj):
+            yield f"onnx: products of {grid.bits} bits stay at accuracy_level 4, the only fast one."
 
     @property
     def _form(self) -> GraphForm:
-        accuracy = Accuracy(self.accuracy_level, self.exact_down_proj)
+        accuracy = Accuracy(self.accuracy_level, self.exact_down_proj, self.keep_fast)
         return GraphForm(self.flavour, self.weights, self.dtype, accuracy)
 
     def estimated_bytes(self, plan: ModelPlan) -> int:
@@ -176,25 +184,18 @@ class OnnxExporter:
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
         """See `Exporter.export`. One weight (or one fused q, k, v) is in memory at a time."""
-        import onnx_ir as ir
-
         plan = artifact.plan
         refusals = self.refusals(plan)
         if refusals:
             raise RefusedError(refusals)
-        model = self._model(build_decoder(plan, artifact, self._form), artifact)
+        builder = build_decoder(plan, artifact, self._form)
+        model = self._model(builder, artifact)
 
-        def advanced(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-            on_event(StageAdvanced("export", info.index + 1, info.total, tensor.name or ""))
+        def advanced(name: str, done: int, total: int) -> None:
+            on_event(StageAdvanced("export", done, total, name))
 
         with folder_written_whole(out) as folder:
-            ir.save(
-                model,
-                folder / GRAPH,
-                external_data=DATA,
-                size_threshold_bytes=INLINE_BYTES,
-                callback=advanced,
-            )
+            save_graph(model, builder.views, folder / GRAPH, DATA, advanced)
             (folder / CONFIG).write_text(json.dumps(genai_config(plan, GRAPH, self._form), indent=2) + "\n")
             for path in _carried_files(plan):
                 shutil.copyfile(path, folder / path.name)
@@ -248,21 +249,22 @@ class OnnxExporter:
 class _NoTensors:
     """The source of a graph that is only measured."""
 
-    def quantized(self, name: str) -> QuantizedTensor:
+    def quantized(self, name: str, rows: range | None = None) -> QuantizedTensor:
         raise LookupError(name)
 
     def tensor(self, name: str) -> Tensor:
         raise LookupError(name)
 
 
-def _outer_refusal(plan: ModelPlan) -> Refusal:
-    problem = f"{plan.outer_layers[0].name} is quantised, which this format cannot hold yet"
-    return Refusal(problem, "choose a scheme that is one grid, such as w4g32, or export to gguf", "onnx")
-
-
 def _grids(plan: ModelPlan) -> list[Grid]:
     """The distinct grids of a plan, in order of appearance."""
     return list(dict.fromkeys(layer.grid for layer in plan.layers()))
+
+
+def _listed(plan: ModelPlan, grid: Grid) -> str:
+    """The matrices of one grid, the first by name."""
+    names = [layer.name for layer in plan.layers() if layer.grid == grid]
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _carried_files(plan: ModelPlan) -> list[Path]:

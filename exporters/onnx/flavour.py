@@ -74,7 +74,7 @@ class Flavour(Protocol):
         """
         ...
 
-    def table_product(self, name: str, value: ir.Value, table: ir.Value, rows: int) -> ir.Value:
-        """value [batch, tokens, columns] times the transpose of a constant `table` [rows, columns], which may have
-        other users: no second copy of it may stay in memory."""
+    def table_product(self, name: str, value: ir.Value, table: ir.Value, shape: tuple[int, int]) -> ir.Value:
+        """value [batch, tokens, columns] times the transpose of a constant `table` of `shape` [rows, columns], which
+        may have other users: no second copy of it may stay in memory."""
         ...

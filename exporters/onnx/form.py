@@ -12,6 +12,7 @@ from exporters.onnx.contrib import ContribFlavour
 from exporters.onnx.linear import Accuracy
 from exporters.onnx.packing import CONTAINER
 from exporters.onnx.std import StdFlavour
+from signround.architecture import EMBEDDING
 from signround.errors import Refusal
 from signround.plan import ModelPlan
 
@@ -102,10 +103,14 @@ class GraphForm:
 
     def _dequantize_refusals(self, plan: ModelPlan) -> list[Refusal]:
         found = dequantize.refusals(plan)
+        if any(layer.name == EMBEDDING for layer in plan.layers()):
+            problem = "a quantised embedding is looked up by GatherBlockQuantized, which weights=dequantize excludes"
+            found.append(Refusal(problem, "use weights=matmulnbits, or leave the embedding as it is", "onnx"))
         if self.flavour != "std":
             problem = f"weights=dequantize is a part of flavour=std, not of flavour={self.flavour}"
             found.append(Refusal(problem, "add `--set onnx.flavour=std`", "onnx"))
-        if self.accuracy.exact_down:
-            problem = "exact_down_proj is an attribute of single nodes, which weights=dequantize does not have"
+        if self.accuracy.exact_down or self.accuracy.keep_fast:
+            name = "exact_down_proj" if self.accuracy.exact_down else "keep_fast"
+            problem = f"{name} sets the accuracy_level of single nodes, and weights=dequantize has one for all"
             found.append(Refusal(problem, "use accuracy_level=0, or weights=matmulnbits", "onnx"))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from exporters.onnx.dequantize import DequantizeWriter
 from exporters.onnx.experts import ExpertWriter
 from exporters.onnx.flavour import Flavour
 from exporters.onnx.form import GraphForm
-from exporters.onnx.linear import LinearWriter, TableWriter
+from exporters.onnx.linear import LinearWriter, TableWriter, bias_name, can_fuse
 from exporters.onnx.tensors import TensorSource, floats
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 
@@ -29,8 +30,8 @@ class DecoderParts:
         self.architecture = plan.architecture
         self.builder = GraphBuilder(form.float_type)
         self.flavour: Flavour = form.operators(self.builder, self.architecture)
-        packer = LinearWriter(self.builder, source, form.accuracy)
-        self.linears = DequantizeWriter(self.builder, packer) if form.weights == "dequantize" else packer
+        self.packer = LinearWriter(self.builder, source, form.accuracy)
+        self.linears = DequantizeWriter(self.builder, self.packer) if form.weights == "dequantize" else self.packer
         self.tables = TableWriter(self.builder, source, self.flavour)
         self.experts = ExpertWriter(self.builder, source, form.accuracy)
         self._source = source
@@ -47,8 +48,23 @@ class DecoderParts:
 
     def linear(self, prefix: str, linear: str, value: ir.Value) -> ir.Value:
         """value [.., columns] -> [.., rows] through one linear of a block, such as `mlp.down_proj`."""
-        layer = self.layers[f"{prefix}{linear}.weight"]
-        return self.linears.add(f"{prefix}{linear}", value, [layer], self.architecture.has_bias(linear))
+        weight, biased = f"{prefix}{linear}.weight", self.architecture.has_bias(linear)
+        if weight in self.layers:
+            return self.linears.add(f"{prefix}{linear}", value, [self.layers[weight]], biased)
+        bias = self.kept[bias_name(weight)] if biased else None
+        return self.tables.product(f"{prefix}{linear}", value, self.kept[weight], bias)
+
+    def has(self, prefix: str, linear: str) -> bool:
+        """Whether the model has this linear, quantised or not."""
+        weight = f"{prefix}{linear}.weight"
+        return weight in self.layers or weight in self.kept
+
+    def together(self, prefix: str, linears: Sequence[str]) -> list[LayerPlan] | None:
+        """These linears of a block as layers that one node can hold; None where it cannot."""
+        weights = [f"{prefix}{linear}.weight" for linear in linears]
+        layers = [self.layers[weight] for weight in weights if weight in self.layers]
+        biases = [self.architecture.has_bias(linear) for linear in linears]
+        return layers if len(layers) == len(linears) and can_fuse(layers, biases) else None
 
     def norm_weight(self, name: str) -> ir.Value:
         """What a norm multiplies by, in the graph's dtype: the operators compute in the dtype of their weight. Gemma's

@@ -80,17 +80,18 @@ class StdFlavour:
         values = [query, key, value, masks.mask(architecture.windows[block]), *past]
         return self._builder.op("Attention", name, values, outputs=3, attributes=attributes)
 
-    def table_product(self, name: str, value: ir.Value, table: ir.Value, rows: int) -> ir.Value:
+    def table_product(self, name: str, value: ir.Value, table: ir.Value, shape: tuple[int, int]) -> ir.Value:
         """See `Flavour.table_product`. Gemm, which takes matrices only: as little memory as FusedMatMul and as fast,
         where Transpose + MatMul peaks at two copies (measured, 50000 x 1024)."""
         builder = self._builder
-        flat = builder.constant("constant.flat", np.array([-1, self._architecture.hidden], np.int64))
+        rows, columns = shape
+        flat = builder.constant(f"constant.flat.{columns}", np.array([-1, columns], np.int64))
         width = builder.constant(f"constant.rows.{rows}", np.array([rows], np.int64))
         matrix = builder.op("Reshape", f"{name}.matrix", [value, flat])
         product = builder.op("Gemm", name, [*matrix, table], attributes={"transA": 0, "transB": 1})
         outer = builder.op("Shape", f"{name}.outer", [value], attributes={"start": 0, "end": 2})
-        shape = builder.op("Concat", f"{name}.shape", [*outer, width], attributes={"axis": 0})
-        return builder.op("Reshape", f"{name}.apart", [*product, *shape])[0]
+        whole = builder.op("Concat", f"{name}.shape", [*outer, width], attributes={"axis": 0})
+        return builder.op("Reshape", f"{name}.apart", [*product, *whole])[0]
 
     def _rotated(self, name: str, value: ir.Value, heads: int, table: RotaryTable, masks: Masks) -> ir.Value:
         attributes = {"interleaved": 0, "num_heads": heads, "rotary_embedding_dim": 2 * table.width}

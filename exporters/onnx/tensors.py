@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class TensorSource(Protocol):
     """Where the tensors come from; an artifact fits."""
 
-    def quantized(self, name: str) -> QuantizedTensor:
-        """Integers and fields of the linear `name`."""
+    def quantized(self, name: str, rows: range | None = None) -> QuantizedTensor:
+        """Integers and fields of the linear `name`, or of neighbouring `rows` of it."""
         ...
 
     def tensor(self, name: str) -> Tensor:

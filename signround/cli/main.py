@@ -50,7 +50,9 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 TensorType = Annotated[
     list[str] | None,
     typer.Option(
-        "--tensor-type", help="PATTERN=TYPE over a file type's mix, for example ffn_down=q6_k; repeat for more."
+        "--tensor-type",
+        help="PATTERN=TYPE for matrices whose name matches: lm_head=w8g32, embed_tokens=w4g32, down_proj=float; with a "
+        "file type in llama.cpp's words, ffn_down=q6_k. The first that matches wins; repeat for more.",
     ),
 ]
 Imatrix = Annotated[

@@ -151,7 +151,9 @@ def test_down_projections_can_stay_exact(artifact_of: Maker, tmp_path: Path) -> 
     }
     assert {level for name, level in levels.items() if name.endswith("down_proj")} == {0}
     assert {level for name, level in levels.items() if not name.endswith("down_proj")} == {4}
-    assert "at accuracy_level 0" in " ".join(exporter.notes(artifact_of("mistral", "q8_0").plan))
+    assert "products of 8 bits stay at accuracy_level 4" in " ".join(
+        exporter.notes(artifact_of("mistral", "q8_0").plan)
+    )
 
 
 def test_one_weight_is_resident_at_a_time(artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

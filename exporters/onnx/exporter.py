@@ -1,4 +1,4 @@
-"""OnnxExporter: artifact -> a folder that onnxruntime and onnxruntime-genai run.
+"""OnnxExporter: artifact -> a folder that onnxruntime, onnxruntime-genai or transformers.js runs (`layouts`).
 
     model.onnx         the decoder graph (MatMulNBits, GroupQueryAttention), a few hundred kB
     model.onnx.data    every tensor
@@ -9,28 +9,28 @@ Refuses, at plan time, grids that MatMulNBits cannot hold and head sizes that Gr
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from exporters.onnx import contrib
+from exporters.onnx import contrib, layouts
 from exporters.onnx.builder import GraphBuilder
+from exporters.onnx.carried import SideFiles, side_files, size_of, template_note, write
 from exporters.onnx.checker import problems_of
 from exporters.onnx.decoder import build_decoder
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
 from exporters.onnx.linear import Accuracy
+from exporters.onnx.metadata import model_metadata
 from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of
 from exporters.onnx.packing import refusal_of as grid_refusal
-from exporters.onnx.reader import DATA, GRAPH, decode_all, load_graph, read_quantized
+from exporters.onnx.reader import decode_all, load_graph, read_quantized
 from exporters.onnx.rope import positions_of
+from exporters.onnx.saving import data_files, save
 from signround.artifact import QuantizedCheckpoint
-from signround.checkpoint import TOKENIZER_FILES
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced
 from signround.exporting import ExportedModel, missing_packages
@@ -38,6 +38,7 @@ from signround.files import folder_written_whole
 from signround.grid import Grid
 from signround.plan import ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.onnx_files import find_graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,9 +46,8 @@ if TYPE_CHECKING:
 LEVELS = (0, 1, 2, 3, 4)
 WRITERS = ("onnx", "onnx_ir")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-INLINE_BYTES = 1024  # shape constants must stay in the graph: onnxruntime does not load them from outside
+GRAPH_DTYPE = "fp32"  # of activations, cache and logits
 NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
-CARRIED = ("config.json", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,13 @@ class OnnxExporter:
     """`accuracy_level` is the precision of activations in MatMulNBits: 4 computes with int8 (fast), 0 with float32.
     `exact_down_proj` keeps down projections, where the outliers are, at 0: about half the difference to float32, for
     a token that takes some 1.2 times as long at 3 and 4 bits (at 2 and 8 bits there is no fast kernel). With
-    `fallback`, the pipeline writes a model that misses its gate at level 4 again, first so, then at level 0."""
+    `fallback`, the pipeline writes a model that misses its gate at level 4 again, first so, then at level 0.
+    `layout` is the runtime whose folder is written: "genai" (plain onnxruntime too) or "transformers.js"."""
 
     accuracy_level: int = 4
     exact_down_proj: bool = False
     fallback: bool = True
+    layout: str = layouts.GENAI
 
     @property
     def name(self) -> str:
@@ -98,7 +100,8 @@ class OnnxExporter:
         if plan.outer_layers:
             return [*found, _outer_refusal(plan)]
         head = contrib.refusal_of(plan.architecture)
-        return [*found, head] if head else found
+        found += [head] if head else []
+        return found + layouts.refusals_of(self.layout, plan, GRAPH_DTYPE)
 
     def _level_refusal(self) -> Refusal:
         return Refusal(
@@ -113,13 +116,13 @@ class OnnxExporter:
         context, positions = plan.architecture.context, positions_of(plan.architecture)
         if positions < context:
             notes.append(f"onnx: the graph holds {positions} positions of the model's {context}; longer inputs fail.")
-        if positions > LONGEST:
+        if positions > LONGEST and self.layout == layouts.GENAI:
             notes.append(
                 f"onnx: onnxruntime-genai will allocate {LONGEST} tokens by default (search.max_length in {CONFIG}; "
                 f"the graph takes {positions})."
             )
-        tokenizer = tokenizer_note(plan.files)
-        return [*notes, tokenizer] if tokenizer else notes
+        about_files = (tokenizer_note(plan.files), template_note(plan.files, self.layout))
+        return notes + [note for note in about_files if note]
 
     def _grid_notes(self, plan: ModelPlan, grid: Grid) -> Iterator[str]:
         blocks = {block_of(grid, layer.columns) for layer in plan.layers() if layer.grid == grid}
@@ -152,35 +155,34 @@ class OnnxExporter:
         """See `Exporter.estimated_bytes`: the graph is laid out from shapes, and no tensor is read."""
         builder = build_decoder(plan, _NoTensors(), self._accuracy)
         tensors = sum(value.const_value.nbytes for value in builder.constants.values() if value.const_value)
-        carried = sum(path.stat().st_size for path in _carried_files(plan))
-        config = len(json.dumps(genai_config(plan, GRAPH), indent=2))
-        return tensors + NODE_BYTES * len(builder.nodes) + carried + config
+        return tensors + NODE_BYTES * len(builder.nodes) + size_of(self._side_files(plan, 1))
+
+    def _places(self, plan: ModelPlan) -> layouts.Places:
+        return layouts.places_of(self.layout, plan, GRAPH_DTYPE)
+
+    def _side_files(self, plan: ModelPlan, data_count: int) -> SideFiles:
+        places = self._places(plan)
+        if self.layout == layouts.GENAI:
+            return side_files(plan, self.layout, {CONFIG: genai_config(plan, places.graph)})
+        config = layouts.browser_config(plan, places, GRAPH_DTYPE, data_count)
+        return side_files(plan, self.layout, {"config.json": config})
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
         """See `Exporter.export`. One weight (or one fused q, k, v) is in memory at a time."""
-        import onnx_ir as ir
-
         plan = artifact.plan
         refusals = self.refusals(plan)
         if refusals:
             raise RefusedError(refusals)
+        places = self._places(plan)
         model = self._model(build_decoder(plan, artifact, self._accuracy), artifact)
 
-        def advanced(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-            on_event(StageAdvanced("export", info.index + 1, info.total, tensor.name or ""))
+        def advanced(done: int, total: int, name: str) -> None:
+            on_event(StageAdvanced("export", done, total, name))
 
         with folder_written_whole(out) as folder:
-            ir.save(
-                model,
-                folder / GRAPH,
-                external_data=DATA,
-                size_threshold_bytes=INLINE_BYTES,
-                callback=advanced,
-            )
-            (folder / CONFIG).write_text(json.dumps(genai_config(plan, GRAPH), indent=2) + "\n")
-            for path in _carried_files(plan):
-                shutil.copyfile(path, folder / path.name)
-            problems = problems_of(load_graph(folder), folder)
+            write(self._side_files(plan, data_files(model, places)), folder)
+            save(model, folder, places, advanced)
+            problems = problems_of(load_graph(folder), (folder / places.graph).parent)
             if problems:
                 raise FailedError(
                     f"onnx: the written graph is not sound ({problems[0]}; {len(problems)} in all); "
@@ -189,24 +191,16 @@ class OnnxExporter:
         return self.opened(out)
 
     def _model(self, builder: GraphBuilder, artifact: QuantizedCheckpoint) -> ir.Model:
-        plan = artifact.plan
         model = builder.model("decoder", contrib.OPSET, contrib.IR_VERSION, "signround", version("signround"))
-        model.metadata_props.update(
-            {
-                "signround.scheme": plan.scheme,
-                "signround.artifact": artifact.fingerprint,
-                "signround.source_sha256": plan.source_sha256,
-                "signround.accuracy_level": str(self.accuracy_level),
-            }
-        )
+        model.metadata_props.update(model_metadata(artifact, asdict(self)))
         return model
 
     def opened(self, target: Path) -> ExportedModel:
         """See `Exporter.opened`."""
-        problems = problems_of(load_graph(target), target)
+        problems = problems_of(load_graph(target), find_graph(target).parent)
         if problems:
             raise refuse(f"the graph is not sound ({problems[0]})", "export the artifact again", str(target))
-        files = tuple(sorted(path for path in target.iterdir() if path.is_file()))
+        files = tuple(sorted(path for path in target.rglob("*") if path.is_file()))
         return ExportedModel(self.name, target, files)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
@@ -236,7 +230,3 @@ def _outer_refusal(plan: ModelPlan) -> Refusal:
 def _grids(plan: ModelPlan) -> list[Grid]:
     """The distinct grids of a plan, in order of appearance."""
     return list(dict.fromkeys(layer.grid for layer in plan.layers()))
-
-
-def _carried_files(plan: ModelPlan) -> list[Path]:
-    return [plan.files / name for name in CARRIED if (plan.files / name).is_file()]

@@ -20,14 +20,14 @@ from signround.errors import FailedError, RefusedError, refuse
 from signround.exporting import missing_packages
 from signround.grid import Grid
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.onnx_files import find_graph
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-GRAPH = "model.onnx"
-DATA = "model.onnx.data"
+SCHEME_KEY = "signround.scheme"  # model metadata: what tells our graphs from others
 KEPT_SUFFIX = ".weight"  # kept tensors keep their checkpoint name; what belongs to a MatMulNBits node does not end so
 DECODED_COLUMNS = 256  # inputs decoded at once: bounds the identity matrix and the time, which grows with its square
 
@@ -44,16 +44,14 @@ def load_graph(folder: Path) -> ir.Model:
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
-    path = folder / GRAPH
-    if not path.is_file():
-        raise refuse(f"the folder has no {GRAPH}", "give a folder that `--to onnx` wrote", str(folder))
+    path = find_graph(folder)
     try:
         model = ir.load(path)
     except (DecodeError, ValueError, OSError) as error:
-        raise refuse(f"{GRAPH} is damaged", "export the artifact again", str(folder)) from error
-    if "signround.scheme" not in model.metadata_props:
+        raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
+    if SCHEME_KEY not in model.metadata_props:
         raise refuse(
-            f"{GRAPH} was not written by signround (its metadata is missing)",
+            f"{path.name} was not written by signround (its metadata is missing)",
             "give a folder that `--to onnx` wrote",
             str(folder),
         )
@@ -95,7 +93,8 @@ def decode_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
     import onnx
 
     load_graph(folder)
-    model = onnx.load(str(folder / GRAPH), load_external_data=False)
+    graph = find_graph(folder)
+    model, folder = onnx.load(str(graph), load_external_data=False), graph.parent
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for name, tensor in constants.items():
         if name.endswith(KEPT_SUFFIX):

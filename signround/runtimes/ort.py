@@ -1,4 +1,4 @@
-"""Logits from onnxruntime: an exported folder (model.onnx with input_ids, attention_mask and past keys and values).
+"""Logits from onnxruntime: an exported folder, whose graph takes input_ids, attention_mask and past keys and values.
 
 The accuracy_level of the file can be overridden for one session: at 0 the matrix products run in float32, which is the
 oracle for what int8 activations (level 4) cost. Runs on the CPU; refuses graphs that are not such decoders.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from signround.errors import FailedError, refuse
+from signround.runtimes.onnx_files import find_graph
 from signround.runtimes.protocol import Speed
 from signround.runtimes.speed import any_tokens, best_speed
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-GRAPH = "model.onnx"
 LOGIT_BYTES = 128 * 2**20  # of one batch: windows are batched up to this
 QUIET = 3  # log severity: errors only; they reach the caller as exceptions anyway
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -42,20 +42,18 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
         ) from error
     from google.protobuf.message import DecodeError
 
-    path = folder / GRAPH
-    if not path.is_file():
-        raise refuse(f"the folder has no {GRAPH}", "give a folder that `--to onnx` wrote", str(folder))
+    path = find_graph(folder)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
-        raise refuse(f"{GRAPH} is damaged", "export the artifact again", str(folder)) from error
+        raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
     if accuracy_level is not None:
         set_accuracy_level(model, accuracy_level)
     levels = sorted({attribute.i for attribute in _accuracy_levels(model)})
     options = onnxruntime.SessionOptions()
     options.log_severity_level = QUIET
     options.intra_op_num_threads = threads
-    options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent.resolve()))
     try:
         # The graph goes in as bytes, its tensors stay in the folder (memory-mapped): no second file, no copy.
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

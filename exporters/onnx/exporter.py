@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from exporters.onnx import contrib, layouts
+from exporters.onnx import contrib, inspection, layouts
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.carried import SideFiles, side_files, size_of, template_note, write
 from exporters.onnx.checker import problems_of
@@ -194,6 +194,10 @@ class OnnxExporter:
         model = builder.model("decoder", contrib.OPSET, contrib.IR_VERSION, "signround", version("signround"))
         model.metadata_props.update(model_metadata(artifact, asdict(self)))
         return model
+
+    def inspected(self, target: Path) -> dict[str, Any]:
+        """See `ForeignFiles.inspected`."""
+        return inspection.inspected(target)
 
     def opened(self, target: Path) -> ExportedModel:
         """See `Exporter.opened`."""

@@ -38,20 +38,25 @@ def _need(*modules: str) -> None:
         raise RefusedError(refusals)
 
 
-def load_graph(folder: Path) -> ir.Model:
-    """The graph of an exported folder; its tensors stay on disk. Raises RefusedError when the folder is not ours."""
+def load_any(folder: Path) -> ir.Model:
+    """The graph of a folder, whoever wrote it; its tensors stay on disk. Raises RefusedError when there is none."""
     _need("onnx_ir")
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
     path = find_graph(folder)
     try:
-        model = ir.load(path)
+        return ir.load(path)
     except (DecodeError, ValueError, OSError) as error:
         raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
+
+
+def load_graph(folder: Path) -> ir.Model:
+    """The graph of an exported folder. Raises RefusedError when the folder is not ours."""
+    model = load_any(folder)
     if SCHEME_KEY not in model.metadata_props:
         raise refuse(
-            f"{path.name} was not written by signround (its metadata is missing)",
+            f"{find_graph(folder).name} was not written by signround (its metadata is missing)",
             "give a folder that `--to onnx` wrote",
             str(folder),
         )

@@ -149,7 +149,8 @@ def plan(
     job = pipeline.prepare(
         model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
         seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device,
-        tensor_types=tensor_type or (), imatrix=imatrix, options=_options(setting, split_max_size, gguf_template, layout),
+        tensor_types=tensor_type or (), imatrix=imatrix,
+        options=_options(setting, split_max_size, gguf_template, layout),
     )  # fmt: skip
     description = describe(job)
     if as_json:

@@ -106,9 +106,10 @@ def gather_block_quantized(node: ir.Node) -> Iterator[str]:
     of the same rank; zero points packed like the data."""
     bits, block = _integer(node, "bits", 4), _integer(node, "block_size", 128)
     yield from _grid_problems(bits, block)
-    data = _constant(node, 0)
+    data, source = _constant(node, 0), node.inputs[0]
     if data is None:
-        yield "input 0 is missing" if not _is_given(node, 0) else "input 0 is not a constant"
+        if source is None or source.producer() is None:  # else: a reshaped constant, as others share a table
+            yield "input 0 is missing" if source is None else "input 0 is not a constant"
         return
     shape, axis = _shape_of(data), _integer(node, "quantize_axis", 1)
     yield from _dtypes(node, {0: ("UINT8", "UINT4", "INT4"), 2: FLOATS, 3: (data.dtype.name,)})

@@ -34,7 +34,8 @@ class ExportedModel:
     """What an exporter wrote. `target` is the path a user gives to the runtime (a file or a folder); `kept_dtype` is
     the dtype that unquantised matrices were stored in (None: each in its own, so nothing was lost); `added` says what
     the format adds, in float32, to every value of a kept tensor (Gemma's norms in GGUF: weight + 1); `untouched` names
-    the kept matrices that are stored in float32 whatever `kept_dtype` says (routers to experts)."""
+    the kept matrices that are stored in float32 whatever `kept_dtype` says (routers to experts); `casts_vectors` says
+    that norms and biases have `kept_dtype` too."""
 
     format: str
     target: Path
@@ -42,6 +43,7 @@ class ExportedModel:
     kept_dtype: torch.dtype | None = None
     added: Mapping[str, float] = dataclasses.field(default_factory=dict)
     untouched: frozenset[str] = frozenset()
+    casts_vectors: bool = False
 
 
 @runtime_checkable

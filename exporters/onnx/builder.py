@@ -21,9 +21,13 @@ MICROSOFT = "com.microsoft"
 
 
 class GraphBuilder:
-    """Collects inputs, outputs, nodes and constants; `model` puts them together."""
+    """Collects inputs, outputs, nodes and constants; `model` puts them together. `float_type` is what the graph
+    computes in: of its activations, and of the constants that meet them."""
 
-    def __init__(self) -> None:
+    def __init__(self, float_type: ir.DataType | None = None) -> None:
+        import onnx_ir as ir
+
+        self.float_type = ir.DataType.FLOAT if float_type is None else float_type
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
@@ -51,6 +55,10 @@ class GraphBuilder:
             self.constants[name] = _value(name, tensor.dtype, array.shape)
             self.constants[name].const_value = tensor
         return self.constants[name]
+
+    def number(self, value: float) -> ir.Value:
+        """A scalar of `float_type`; equal numbers are one constant."""
+        return self.constant(f"constant.{value!r}", np.array(value, self.float_type.numpy()))
 
     def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], NDArray[Any]]) -> ir.Value:
         """A constant whose array is asked for only while the file is written, and forgotten afterwards."""
@@ -103,12 +111,13 @@ class GraphBuilder:
         import onnx_ir as ir
 
         constants = sorted(self.constants.values(), key=_byte_count_is_odd)
+        domains = {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self.nodes) else {}
         graph = ir.Graph(
             self.inputs,
             self.outputs,
             nodes=self.nodes,
             initializers=constants,
-            opset_imports={"": opset, MICROSOFT: 1},
+            opset_imports={"": opset, **domains},
             name=name,
         )
         return ir.Model(graph, ir_version=ir_version, producer_name=producer, producer_version=version)

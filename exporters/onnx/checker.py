@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.onnx.builder import MICROSOFT
-from exporters.onnx.node_rules import RULES, not_finite
+from exporters.onnx.expert_checker import expert_problems
+from exporters.onnx.experts import OPERATOR as EXPERTS
+from exporters.onnx.node_rules import RULES as SINGLE
+from exporters.onnx.node_rules import not_finite
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+RULES = {**SINGLE, EXPERTS: expert_problems}
 # What onnxruntime 1.31 loads (measured); the exporter pins lower ones.
 NEWEST_OPSET, NEWEST_IR = 26, 13
 MICROSOFT_OPSET = 1

@@ -4,7 +4,8 @@
     model.onnx.data    every tensor
     genai_config.json  what onnxruntime-genai needs to know, beside the tokenizer files and config.json
 
-Refuses, at plan time, grids that MatMulNBits cannot hold and head sizes that GroupQueryAttention cannot run.
+Refuses, at plan time, grids that MatMulNBits cannot hold, head sizes that GroupQueryAttention cannot run, and experts
+that QMoE cannot hold.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from exporters.onnx import contrib, inspection, layouts
+from exporters.onnx import inspection, layouts
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.carried import SideFiles, side_files, size_of, template_note, write
 from exporters.onnx.checker import problems_of
 from exporters.onnx.decoder import build_decoder
+from exporters.onnx.experts import expert_notes, expert_refusals
+from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
 from exporters.onnx.linear import Accuracy
 from exporters.onnx.metadata import model_metadata
 from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of
 from exporters.onnx.packing import refusal_of as grid_refusal
-from exporters.onnx.reader import decode_all, load_graph, read_quantized
-from exporters.onnx.rope import positions_of
+from exporters.onnx.parts import norm_addend
+from exporters.onnx.reader import ADDED_KEY, DTYPE_KEY, added_to, decode_all, load_graph, read_quantized
+from exporters.onnx.rope import positions_of, rotary_tables
 from exporters.onnx.saving import data_files, save
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
@@ -45,8 +50,6 @@ if TYPE_CHECKING:
 
 LEVELS = (0, 1, 2, 3, 4)
 WRITERS = ("onnx", "onnx_ir")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-GRAPH_DTYPE = "fp32"  # of activations, cache and logits
 NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
 
 
@@ -62,6 +65,9 @@ class OnnxExporter:
     exact_down_proj: bool = False
     fallback: bool = True
     layout: str = layouts.GENAI
+    flavour: str = "contrib"
+    weights: str = "matmulnbits"
+    dtype: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -83,7 +89,7 @@ class OnnxExporter:
         """Float activations in the down projections, where the outliers are; then everywhere."""
         if not self.fallback or self.accuracy_level != 4:
             return None
-        if not self.exact_down_proj:
+        if not self.exact_down_proj and self.weights == "matmulnbits":
             return replace(self, exact_down_proj=True)
         return replace(self, accuracy_level=0, exact_down_proj=False)
 
@@ -91,17 +97,12 @@ class OnnxExporter:
         """See `Exporter.refusals`."""
         found = missing_packages(WRITERS, "onnx", "onnx")
         found += [] if self.accuracy_level in LEVELS else [self._level_refusal()]
-        family = plan.architecture.family
-        if family.model_type not in FAMILIES:
-            problem = f"the decoder graph of {family.hf_class} is not written yet; {', '.join(FAMILIES)} models are"
-            others = "gguf" if family.experts else "gguf or gptq"
-            return [*found, Refusal(problem, f"export this model to {others} instead", "onnx")]
         found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
         if plan.outer_layers:
             return [*found, _outer_refusal(plan)]
-        head = contrib.refusal_of(plan.architecture)
-        found += [head] if head else []
-        return found + layouts.refusals_of(self.layout, plan, GRAPH_DTYPE)
+        form = self._form.refusals(plan)
+        places = [] if form else layouts.refusals_of(self.layout, plan, self.dtype)
+        return found + expert_refusals(plan) + form + places
 
     def _level_refusal(self) -> Refusal:
         return Refusal(
@@ -121,8 +122,14 @@ class OnnxExporter:
                 f"onnx: onnxruntime-genai will allocate {LONGEST} tokens by default (search.max_length in {CONFIG}; "
                 f"the graph takes {positions})."
             )
+        notes += [
+            f"onnx: a text that grows past {table.switch} tokens while it is generated keeps the cached keys of the "
+            "short rope factors, as in transformers' cache; read it anew there (onnxruntime-genai does so at 4097)."
+            for table in rotary_tables(plan.architecture).values()
+            if table.switch is not None
+        ]
         about_files = (tokenizer_note(plan.files), template_note(plan.files, self.layout))
-        return notes + [note for note in about_files if note]
+        return [*notes, *expert_notes(plan), *self._form.notes(plan), *(note for note in about_files if note)]
 
     def _grid_notes(self, plan: ModelPlan, grid: Grid) -> Iterator[str]:
         blocks = {block_of(grid, layer.columns) for layer in plan.layers() if layer.grid == grid}
@@ -148,23 +155,24 @@ class OnnxExporter:
         return 0 if self.exact_down_proj else self.accuracy_level
 
     @property
-    def _accuracy(self) -> Accuracy:
-        return Accuracy(self.accuracy_level, self.exact_down_proj)
+    def _form(self) -> GraphForm:
+        accuracy = Accuracy(self.accuracy_level, self.exact_down_proj)
+        return GraphForm(self.flavour, self.weights, self.dtype, accuracy)
 
     def estimated_bytes(self, plan: ModelPlan) -> int:
         """See `Exporter.estimated_bytes`: the graph is laid out from shapes, and no tensor is read."""
-        builder = build_decoder(plan, _NoTensors(), self._accuracy)
+        builder = build_decoder(plan, _NoTensors(), self._form)
         tensors = sum(value.const_value.nbytes for value in builder.constants.values() if value.const_value)
         return tensors + NODE_BYTES * len(builder.nodes) + size_of(self._side_files(plan, 1))
 
     def _places(self, plan: ModelPlan) -> layouts.Places:
-        return layouts.places_of(self.layout, plan, GRAPH_DTYPE)
+        return layouts.places_of(self.layout, plan, self.dtype)
 
     def _side_files(self, plan: ModelPlan, data_count: int) -> SideFiles:
         places = self._places(plan)
         if self.layout == layouts.GENAI:
-            return side_files(plan, self.layout, {CONFIG: genai_config(plan, places.graph)})
-        config = layouts.browser_config(plan, places, GRAPH_DTYPE, data_count)
+            return side_files(plan, self.layout, {CONFIG: genai_config(plan, places.graph, self._form)})
+        config = layouts.browser_config(plan, places, self.dtype, data_count)
         return side_files(plan, self.layout, {"config.json": config})
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
@@ -174,7 +182,7 @@ class OnnxExporter:
         if refusals:
             raise RefusedError(refusals)
         places = self._places(plan)
-        model = self._model(build_decoder(plan, artifact, self._accuracy), artifact)
+        model = self._model(build_decoder(plan, artifact, self._form), artifact)
 
         def advanced(done: int, total: int, name: str) -> None:
             on_event(StageAdvanced("export", done, total, name))
@@ -191,8 +199,11 @@ class OnnxExporter:
         return self.opened(out)
 
     def _model(self, builder: GraphBuilder, artifact: QuantizedCheckpoint) -> ir.Model:
-        model = builder.model("decoder", contrib.OPSET, contrib.IR_VERSION, "signround", version("signround"))
+        plan, form = artifact.plan, self._form
+        model = builder.model("decoder", form.opset(plan), form.ir_version(plan), "signround", version("signround"))
         model.metadata_props.update(model_metadata(artifact, asdict(self)))
+        if addend := norm_addend(plan):
+            model.metadata_props[ADDED_KEY] = str(addend)
         return model
 
     def inspected(self, target: Path) -> dict[str, Any]:
@@ -201,11 +212,14 @@ class OnnxExporter:
 
     def opened(self, target: Path) -> ExportedModel:
         """See `Exporter.opened`."""
-        problems = problems_of(load_graph(target), find_graph(target).parent)
+        model = load_graph(target)
+        problems = problems_of(model, find_graph(target).parent)
         if problems:
             raise refuse(f"the graph is not sound ({problems[0]})", "export the artifact again", str(target))
         files = tuple(sorted(path for path in target.rglob("*") if path.is_file()))
-        return ExportedModel(self.name, target, files)
+        half = model.metadata_props.get(DTYPE_KEY) == "fp16"
+        kept_dtype = torch.float16 if half else None
+        return ExportedModel(self.name, target, files, kept_dtype, added_to(model), casts_vectors=half)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """See `Exporter.read_back`."""

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx.contrib import SHARES_CACHE
+from exporters.onnx.form import GraphForm
 from exporters.onnx.rope import positions_of
 from signround.plan import ModelPlan
 
@@ -31,7 +31,7 @@ TRANSFORMERS_SAMPLING = {
 }  # where generation_config.json says do_sample only
 
 
-def genai_config(plan: ModelPlan, graph_file: str) -> dict[str, Any]:
+def genai_config(plan: ModelPlan, graph_file: str, form: GraphForm) -> dict[str, Any]:
     """The content of genai_config.json."""
     architecture = plan.architecture
     family, context = architecture.family.model_type, positions_of(architecture)
@@ -42,7 +42,7 @@ def genai_config(plan: ModelPlan, graph_file: str) -> dict[str, Any]:
             "context_length": context,
             "vocab_size": architecture.vocabulary,
             "decoder": {
-                "session_options": {"provider_options": []},
+                "session_options": {"provider_options": [], **form.session_options},
                 "filename": graph_file,
                 "head_size": architecture.head_dim,
                 "hidden_size": architecture.hidden,
@@ -62,7 +62,8 @@ def genai_config(plan: ModelPlan, graph_file: str) -> dict[str, Any]:
                 },
             },
         },
-        "search": {"max_length": min(context, LONGEST), "past_present_share_buffer": SHARES_CACHE} | _sampling(plan),
+        "search": {"max_length": min(context, LONGEST), "past_present_share_buffer": form.operators.shares_cache}
+        | _sampling(plan),
     }
 
 

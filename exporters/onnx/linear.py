@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from exporters.onnx.builder import MICROSOFT, GraphBuilder
+from exporters.onnx.flavour import Flavour
 from exporters.onnx.packing import Layout, Packed, layout_of, pack, stack
-from exporters.onnx.tensors import TensorSource, onnx_dtype, to_numpy
+from exporters.onnx.tensors import TensorSource, floats, onnx_dtype, to_numpy
 from signround.files import canonical_json
 from signround.plan import KeptTensor, LayerPlan
 
@@ -85,9 +85,18 @@ class LinearWriter:
         assert zeros is not None
         return zeros
 
-    def _biases(self, linear: FusedLinear) -> NDArray[np.float32]:
-        parts = [self._source.tensor(bias_name(layer.name)).float() for layer in linear.layers]
-        return np.concatenate([part.numpy() for part in parts])
+    def packed(self, linear: FusedLinear) -> Packed:
+        """The arrays of a linear, whichever operators they are for."""
+        return self._packed(linear)
+
+    def bias(self, name: str, linear: FusedLinear) -> ir.Value:
+        """The bias of a linear [rows]."""
+        names, dtype = [bias_name(layer.name) for layer in linear.layers], self._builder.float_type
+
+        def read() -> NDArray[Any]:
+            return np.concatenate([floats(bias, self._source.tensor(bias), dtype) for bias in names])
+
+        return self._builder.lazy(f"{name}.bias", dtype, (linear.layout.rows,), read)
 
     def add(self, name: str, value: ir.Value, layers: Sequence[LayerPlan], biased: bool) -> ir.Value:
         """value [.., columns] -> [.., rows of all layers]."""
@@ -96,7 +105,10 @@ class LinearWriter:
         linear = FusedLinear(tuple(layers))
         layout = linear.layout
         lazy = self._builder.lazy
-        scales = lazy(f"{name}.scales", ir.DataType.FLOAT, layout.scales_shape, lambda: self._packed(linear).scales)
+        dtype = self._builder.float_type
+        scales = lazy(
+            f"{name}.scales", dtype, layout.scales_shape, lambda: self._packed(linear).scales.astype(dtype.numpy())
+        )
         codes = lazy(f"{name}.codes", ir.DataType.UINT8, layout.codes_shape, lambda: self._packed(linear).codes)
         inputs: list[ir.Value | None] = [value, codes, scales]
         if layout.has_zero_points:
@@ -110,7 +122,7 @@ class LinearWriter:
             )
         if biased:
             inputs += [None] * (5 - len(inputs))
-            inputs.append(lazy(f"{name}.bias", ir.DataType.FLOAT, (layout.rows,), lambda: self._biases(linear)))
+            inputs.append(self.bias(name, linear))
         attributes = {
             "K": layout.columns,
             "N": layout.rows,
@@ -127,38 +139,48 @@ class TableWriter:
     """Adds the unquantised tables: embedding and head, each stored once in the checkpoint's own dtype.
 
     16-bit tables are exact and half the size; a Cast follows. onnxruntime folds the head's Cast while it loads, and
-    casts only the gathered rows of the embedding. Measured (50000 x 1024, onnxruntime 1.31): a FusedMatMul with transB
-    on the shared table loads with one prepacked copy; Transpose + MatMul peaks at two.
+    casts only the gathered rows of the embedding. A graph that computes in fp16 holds fp16 tables: its runtimes know
+    no bfloat16.
     """
 
-    def __init__(self, builder: GraphBuilder, source: TensorSource) -> None:
+    def __init__(self, builder: GraphBuilder, source: TensorSource, flavour: Flavour) -> None:
         self._builder = builder
         self._source = source
+        self._flavour = flavour
 
     def table(self, kept: KeptTensor) -> ir.Value:
         """The table [rows, columns] in its stored dtype; a second call gives the same constant."""
         if kept.name in self._builder.constants:
             return self._builder.constants[kept.name]
-        dtype = onnx_dtype(kept.torch_dtype)
-        return self._builder.lazy(kept.name, dtype, kept.shape, lambda: to_numpy(self._source.tensor(kept.name)))
+        dtype = self._stored(kept)
+
+        def read() -> NDArray[Any]:
+            tensor = self._source.tensor(kept.name)
+            return to_numpy(tensor) if dtype == onnx_dtype(kept.torch_dtype) else floats(kept.name, tensor, dtype)
+
+        return self._builder.lazy(kept.name, dtype, kept.shape, read)
 
     def gather(self, name: str, kept: KeptTensor, ids: ir.Value) -> ir.Value:
-        """ids [batch, tokens] -> float32 [batch, tokens, columns]."""
+        """ids [batch, tokens] -> [batch, tokens, columns]."""
         rows = self._builder.op("Gather", name, [self.table(kept), ids], attributes={"axis": 0})[0]
         return self._as_float(f"{name}.float", rows, kept)
 
     def product(self, name: str, value: ir.Value, kept: KeptTensor) -> ir.Value:
         """value [.., columns] -> [.., rows]."""
         table = self._as_float(f"{name}.float", self.table(kept), kept)
-        attributes = {"transA": 0, "transB": 1, "alpha": 1.0}
-        return self._builder.op("FusedMatMul", name, [value, table], domain=MICROSOFT, attributes=attributes)[0]
+        return self._flavour.table_product(name, value, table, kept.shape[0])
 
-    def _as_float(self, name: str, value: ir.Value, kept: KeptTensor) -> ir.Value:
+    def _stored(self, kept: KeptTensor) -> ir.DataType:
         import onnx_ir as ir
 
-        if kept.torch_dtype == torch.float32:
+        half = self._builder.float_type == ir.DataType.FLOAT16
+        return ir.DataType.FLOAT16 if half else onnx_dtype(kept.torch_dtype)
+
+    def _as_float(self, name: str, value: ir.Value, kept: KeptTensor) -> ir.Value:
+        dtype = self._builder.float_type
+        if self._stored(kept) == dtype:
             return value
-        return self._builder.op("Cast", name, [value], attributes={"to": int(ir.DataType.FLOAT)})[0]
+        return self._builder.op("Cast", name, [value], attributes={"to": int(dtype)})[0]
 
 
 def bias_name(weight: str) -> str:

@@ -10,12 +10,14 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from exporters.onnx.reader import DTYPE_KEY, LEVEL_KEY
 from signround.artifact import QuantizedCheckpoint
 from signround.files import canonical_json
 
 
 def model_metadata(artifact: QuantizedCheckpoint, options: Mapping[str, Any]) -> dict[str, str]:
-    """Key -> text: scheme, bits, tuner, hashes of artifact and source, the exporter's options, versions."""
+    """Key -> text: scheme, bits, tuner, hashes of artifact and source, the exporter's options (flavour, dtype, ...),
+    versions."""
     plan = artifact.plan
     return {
         "signround.version": version("signround"),
@@ -26,7 +28,8 @@ def model_metadata(artifact: QuantizedCheckpoint, options: Mapping[str, Any]) ->
         "signround.calibration": canonical_json(asdict(plan.calibration)),  # kind and hash, no path
         "signround.artifact": artifact.fingerprint,
         "signround.source_sha256": plan.source_sha256,
-        "signround.accuracy_level": str(options["accuracy_level"]),
+        LEVEL_KEY: str(options["accuracy_level"]),
+        DTYPE_KEY: str(options["dtype"]),
         "signround.options": canonical_json(dict(options)),
         "onnx_ir.version": version("onnx-ir"),
     }

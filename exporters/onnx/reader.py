@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.onnx.dequantize import NODE_SUFFIX, Columns, decoded_weight, from_columns, is_weight
+from exporters.onnx.expert_reader import expert_products, read_experts
+from exporters.onnx.experts import OPERATOR as EXPERTS
 from exporters.onnx.linear import GRID_KEY, WEIGHTS_KEY, bias_name
-from exporters.onnx.packing import Packed, split, unpack
+from exporters.onnx.packing import Packed, layout_of, split, unpack
 from signround.errors import FailedError, RefusedError, refuse
 from signround.exporting import missing_packages
 from signround.grid import Grid
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 
 SCHEME_KEY = "signround.scheme"  # model metadata: what tells our graphs from others
 KEPT_SUFFIX = ".weight"  # kept tensors keep their checkpoint name; what belongs to a MatMulNBits node does not end so
+ADDED_KEY = "signround.added_to_norms"  # model metadata: what the file adds to the weight of every norm
+DTYPE_KEY = "signround.dtype"  # model metadata: what the graph computes in; absent in files of earlier versions
+LEVEL_KEY = "signround.accuracy_level"  # model metadata: the level that was asked for
 DECODED_COLUMNS = 256  # inputs decoded at once: bounds the identity matrix and the time, which grows with its square
 
 
@@ -63,20 +69,40 @@ def load_graph(folder: Path) -> ir.Model:
     return model
 
 
+def added_to(model: ir.Model) -> dict[str, float]:
+    """Norm -> what its stored weight has more than the checkpoint's (`ExportedModel.added`)."""
+    if ADDED_KEY not in model.metadata_props:
+        return {}
+    added = float(model.metadata_props[ADDED_KEY])
+    return {name: added for name in model.graph.initializers if name and name.endswith(f"norm{KEPT_SUFFIX}")}
+
+
 def read_quantized(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
     """(weight name, integers and fields) of every linear, fused nodes taken apart."""
     for node in load_graph(folder).graph:
-        if node.op_type != "MatMulNBits":
+        if node.op_type == EXPERTS:
+            yield from read_experts(node, _array)
+        if node.op_type != "MatMulNBits" and not is_weight(node):
             continue
         weights = json.loads(node.metadata_props[WEIGHTS_KEY])
         grid = Grid.from_json(json.loads(node.metadata_props[GRID_KEY]))
-        inputs = [*node.inputs, None][:4]
-        codes, scales, zeros = (None if value is None else _array(value) for value in inputs[1:])
-        if codes is None or scales is None:
-            raise FailedError(f"{folder}: node {node.name} has no weight; export the artifact again.")
-        packed = split(Packed(codes, scales, zeros), [rows for _, rows in weights])
-        for (name, _), part in zip(weights, packed, strict=True):
-            yield name, unpack(part, grid, node.attributes["K"].as_int())
+        packed, columns = _packed(node, grid, sum(rows for _, rows in weights))
+        for (name, _), part in zip(weights, split(packed, [rows for _, rows in weights]), strict=True):
+            yield name, unpack(part, grid, columns)
+
+
+def _packed(node: ir.Node, grid: Grid, rows: int) -> tuple[Packed, int]:
+    """What a node holds in MatMulNBits' layout, and how many inputs it has."""
+    standard = is_weight(node)
+    inputs = [*node.inputs, None][: 3 if standard else 4]  # MatMulNBits begins with the value that is multiplied
+    codes, scales, zeros = (None if value is None else _array(value) for value in inputs[-3:])
+    if codes is None or scales is None:
+        raise FailedError(f"node {node.name} has no weight; export the artifact again.")
+    scales = scales.astype(np.float32)
+    if not standard:
+        return Packed(codes, scales, zeros), node.attributes["K"].as_int()
+    columns = codes.shape[0]
+    return from_columns(Columns(codes, scales, zeros), layout_of(grid, rows, columns)), columns
 
 
 def _array(value: ir.Value) -> NDArray[Any]:
@@ -88,12 +114,16 @@ def _array(value: ir.Value) -> NDArray[Any]:
     array = tensor.numpy().copy()
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
-    return array
+    # ml_dtypes' integers of 2 and 4 bits become those of 8 that hold one of them a byte
+    return array.astype(_BYTES[tensor.dtype.name]) if tensor.dtype.name in _BYTES else array
+
+
+_BYTES = {"INT2": np.int8, "INT4": np.int8, "UINT2": np.uint8, "UINT4": np.uint8}
 
 
 def decode_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, float32) of every tensor: linears as onnxruntime's MatMulNBits decodes them, the others as the
-    onnx package reads them. Shares no code with the packer."""
+    """(checkpoint name, float32) of every tensor: linears as onnxruntime decodes them, the others as the onnx package
+    reads them. Shares no code with the packer."""
     _need("onnx", "onnxruntime")
     import onnx
 
@@ -105,10 +135,19 @@ def decode_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if name.endswith(KEPT_SUFFIX):
             yield name, torch.from_numpy(_read(tensor, folder).astype(np.float32))
     for node in model.graph.node:
-        if node.op_type != "MatMulNBits":
+        if node.op_type == EXPERTS:
+            for names, product, parts in expert_products(node, lambda name: _read(constants[name], folder)):
+                rows = _decoded(product, parts, folder)
+                yield from ((name, rows[place :: len(names)].clone()) for place, name in enumerate(names))
+        if node.op_type != "MatMulNBits" and not is_weight(node):
             continue
-        weight = _decoded(node, constants, folder)
-        bias = _read(constants[node.input[5]], folder) if len(node.input) > 5 else None
+        if is_weight(node):
+            weight = decoded_weight(node, [_read(constants[name], folder) for name in node.input])
+            bias_constant = constants.get(node.name.removesuffix(NODE_SUFFIX) + ".bias")
+        else:
+            weight = _decoded(node, constants, folder)
+            bias_constant = constants[node.input[5]] if len(node.input) > 5 else None
+        bias = None if bias_constant is None else _read(bias_constant, folder).astype(np.float32)
         properties = {entry.key: entry.value for entry in node.metadata_props}
         end = 0
         for name, rows in json.loads(properties[WEIGHTS_KEY]):
@@ -138,6 +177,7 @@ def _decoded(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folde
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     block, columns, bits = attributes["block_size"], attributes["K"], attributes["bits"]
     codes, scales, *zeros = (_read(constants[name], folder) for name in node.input[1:4] if name)
+    scales = scales.astype(np.float32)  # those of an fp16 graph: the product would be rounded
     step = max(8 // bits, DECODED_COLUMNS // block)
     step += -step % (8 // bits)
     weight = torch.empty(attributes["N"], columns)

@@ -108,7 +108,7 @@ def fed(model: Any, folder: Path) -> None:
 
 
 def valueless(model: Any, folder: Path) -> None:
-    model.graph.initializers["cos_cache"].const_value = None
+    next(iter(model.graph.initializers.values())).const_value = None
 
 
 def truncated(model: Any, folder: Path) -> None:
@@ -171,7 +171,7 @@ BROKEN: list[tuple[Mutation, str]] = [
     (without("bits"), "attribute bits is missing"),
     (g_idx, "g_idx is set"),
     (fed, "input 1 is not a constant"),
-    (valueless, "cos_cache: the constant has no value"),
+    (valueless, ": the constant has no value"),
     (dropped(1), "input 1 is missing"),
     (dropped(2), "input 2 is missing"),
     (constant(1, lambda codes: codes.reshape(len(codes), -1)), "input 1 must have shape"),

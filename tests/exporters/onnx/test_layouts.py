@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from exporters.onnx import layouts
 from exporters.onnx.carried import chat_templates, side_files, template_note
 from exporters.onnx.exporter import OnnxExporter
+from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import genai_config
 from exporters.onnx.layouts import Places
 from signround.artifact import QuantizedCheckpoint
@@ -246,7 +247,7 @@ def test_sampling_is_the_publishers(artifact: QuantizedCheckpoint, tmp_path: Pat
         files = tmp_path / str(len(list(tmp_path.iterdir())))
         files.mkdir()
         (files / "generation_config.json").write_text(json.dumps(generation))
-        found = dict(genai_config(replace(artifact.plan, files=files), "model.onnx")["search"])
+        found = dict(genai_config(replace(artifact.plan, files=files), "model.onnx", GraphForm())["search"])
         assert found.pop("past_present_share_buffer") is True
         assert found.pop("max_length") == 512
         return found
@@ -264,7 +265,7 @@ def test_sampling_is_the_publishers(artifact: QuantizedCheckpoint, tmp_path: Pat
 def test_special_tokens_are_lists_where_there_are_several(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 5, 7]}')
     config = replace(artifact.plan, files=tmp_path, config={**artifact.plan.config, "pad_token_id": None})
-    found = genai_config(config, "model.onnx")["model"]
+    found = genai_config(config, "model.onnx", GraphForm())["model"]
     assert (found["eos_token_id"], found["pad_token_id"], found["bos_token_id"]) == ([1, 5, 7], 1, 0)
 
 

@@ -110,6 +110,16 @@ class Exporter(Protocol):
         ...
 
 
+@runtime_checkable
+class ForeignFiles(Protocol):
+    """An exporter that can look into files of its format that others wrote, and into damaged ones of ours."""
+
+    def inspected(self, target: Path) -> dict[str, Any]:
+        """JSON values: `ours` (whether this exporter wrote it), `problems` (texts, each with the name it is about) and
+        what the format's own words for its content are. Raises RefusedError when nothing can be read."""
+        ...
+
+
 def missing_packages(modules: Sequence[str], extra: str, subject: str) -> list[Refusal]:
     """One refusal when some of `modules`, which the extra `extra` of signround installs, cannot be imported."""
     absent = [name for name in modules if find_spec(name) is None]

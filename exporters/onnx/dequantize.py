@@ -12,7 +12,7 @@ are no multiple of 4 (`refusals`): onnxruntime 1.27 to 1.31 fuse them, without a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.linear import FusedLinear, LinearWriter
-from exporters.onnx.packing import BLOCKS, CONTAINER, Layout, Packed, pack_bits, unpack_bits
+from exporters.onnx.packing import CONTAINER, Layout, Packed, pack_bits, unpack_bits
 from signround.errors import Refusal
 from signround.plan import LayerPlan, ModelPlan
 
@@ -165,20 +165,3 @@ def decoded_weight(node: onnx.NodeProto, constants: Sequence[NDArray[Any]]) -> T
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (weight,) = session.run(None, {})
     return torch.from_numpy(weight).T.contiguous()
-
-
-def problems(node: ir.Node) -> Iterator[str]:
-    """What is wrong with a node that `is_weight`."""
-    axis, block = (node.attributes[name].as_int() if name in node.attributes else None for name in _ATTRIBUTES)
-    codes, scales, *zeros = (None if value is None else value.const_value for value in node.inputs)
-    if axis != 0 or block not in BLOCKS:
-        yield f"axis {axis} and block_size {block}; onnxruntime fuses axis 0 and blocks of {BLOCKS}"
-    elif codes is None or scales is None:
-        yield "the codes or the scales are not a constant"
-    elif len(codes.shape) != 2 or tuple(scales.shape) != (-(-codes.shape.numpy()[0] // block), codes.shape[1]):
-        yield f"scales of shape {tuple(scales.shape)} do not belong to codes of {tuple(codes.shape)}"
-    elif zeros and (zeros[0] is None or zeros[0].dtype != codes.dtype or zeros[0].shape != scales.shape):
-        yield "the zero points do not have the type of the codes and the shape of the scales"
-
-
-_ATTRIBUTES = ("axis", "block_size")

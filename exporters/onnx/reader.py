@@ -23,14 +23,14 @@ from signround.errors import FailedError, RefusedError, refuse
 from signround.exporting import missing_packages
 from signround.grid import Grid
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.onnx_files import find_graph
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-GRAPH = "model.onnx"
-DATA = "model.onnx.data"
+SCHEME_KEY = "signround.scheme"  # model metadata: what tells our graphs from others
 ADDED_KEY = "signround.added_to_norms"  # model metadata: what the file adds to the weight of every norm
 DTYPE_KEY = "signround.dtype"  # model metadata: what the graph computes in; absent in files of earlier versions
 LEVEL_KEY = "signround.accuracy_level"  # model metadata: the level that was asked for
@@ -48,22 +48,25 @@ def _need(*modules: str) -> None:
         raise RefusedError(refusals)
 
 
-def load_graph(folder: Path) -> ir.Model:
-    """The graph of an exported folder; its tensors stay on disk. Raises RefusedError when the folder is not ours."""
+def load_any(folder: Path) -> ir.Model:
+    """The graph of a folder, whoever wrote it; its tensors stay on disk. Raises RefusedError when there is none."""
     _need("onnx_ir")
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
-    path = folder / GRAPH
-    if not path.is_file():
-        raise refuse(f"the folder has no {GRAPH}", "give a folder that `--to onnx` wrote", str(folder))
+    path = find_graph(folder)
     try:
-        model = ir.load(path)
+        return ir.load(path)
     except (DecodeError, ValueError, OSError) as error:
-        raise refuse(f"{GRAPH} is damaged", "export the artifact again", str(folder)) from error
-    if "signround.scheme" not in model.metadata_props:
+        raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
+
+
+def load_graph(folder: Path) -> ir.Model:
+    """The graph of an exported folder. Raises RefusedError when the folder is not ours."""
+    model = load_any(folder)
+    if SCHEME_KEY not in model.metadata_props:
         raise refuse(
-            f"{GRAPH} was not written by signround (its metadata is missing)",
+            f"{find_graph(folder).name} was not written by signround (its metadata is missing)",
             "give a folder that `--to onnx` wrote",
             str(folder),
         )
@@ -137,7 +140,8 @@ def decode_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
     import onnx
 
     load_graph(folder)
-    model = onnx.load(str(folder / GRAPH), load_external_data=False)
+    graph = find_graph(folder)
+    model, folder = onnx.load(str(graph), load_external_data=False), graph.parent
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     biases = _biases(model)
     for name, tensor in constants.items():

@@ -1,4 +1,4 @@
-"""Logits from onnxruntime: an exported folder (model.onnx with input_ids, attention_mask and past keys and values).
+"""Logits from onnxruntime: an exported folder, whose graph takes input_ids, attention_mask and past keys and values.
 
 The accuracy_level of the file can be overridden for one session: at 0 the matrix products run in float32, which is the
 oracle for what int8 activations (level 4) cost. Weights in DequantizeLinear have no level in the file: onnxruntime
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from signround.errors import FailedError, refuse
+from signround.runtimes.onnx_files import find_graph
 from signround.runtimes.protocol import Speed
 from signround.runtimes.speed import any_tokens, best_speed
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
-GRAPH = "model.onnx"
 LOGIT_BYTES = 128 * 2**20  # of one batch: windows are batched up to this
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}  # of a cache: onnxruntime's name -> numpy's
 LEVELLED = ("MatMulNBits", "QMoE")
@@ -54,13 +54,11 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
         ) from error
     from google.protobuf.message import DecodeError
 
-    path = folder / GRAPH
-    if not path.is_file():
-        raise refuse(f"the folder has no {GRAPH}", "give a folder that `--to onnx` wrote", str(folder))
+    path = find_graph(folder)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
-        raise refuse(f"{GRAPH} is damaged", "export the artifact again", str(folder)) from error
+        raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
     options = onnxruntime.SessionOptions()
     if accuracy_level is not None:
         set_accuracy_level(model, accuracy_level)
@@ -68,7 +66,7 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
         options.add_session_config_entry(NO_PREPACKING, "1")
     options.log_severity_level = QUIET
     options.intra_op_num_threads = threads
-    options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent.resolve()))
     levels = {attribute.i for attribute in _accuracy_levels(model)}
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         fused = _written_level(model) if accuracy_level is None else accuracy_level

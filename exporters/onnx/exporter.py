@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 LEVELS = (0, 1, 2, 3, FAST_LEVEL)
 WRITERS = ("onnx", "onnx_ir")
-NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
+METADATA_BYTES = 1500  # of the model
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class OnnxExporter:
         """See `Exporter.estimated_bytes`: the graph is laid out from shapes, and no tensor is read."""
         builder = build_decoder(plan, _NoTensors(), self._form)
         tensors = sum(value.const_value.nbytes for value in builder.constants.values() if value.const_value)
-        return tensors + NODE_BYTES * len(builder.nodes) + size_of(self._side_files(plan, 1))
+        return tensors + builder.graph_bytes() + METADATA_BYTES + size_of(self._side_files(plan, 1))
 
     def _places(self, plan: ModelPlan) -> layouts.Places:
         return layouts.places_of(self.layout, plan, self.dtype)

@@ -63,6 +63,10 @@ def save(
     for view in views:
         view.value.const_value = _seen_as(view)
         model.graph.register_initializer(view.value)
+    for value in model.graph.initializers.values():  # the small ones: here, where an error keeps its kind
+        lazy = value.const_value
+        if isinstance(lazy, ir.LazyTensor):
+            value.const_value = ir.Tensor(lazy.numpy(), dtype=lazy.dtype, name=lazy.name)
     ir.save(model, graph)
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from exporters.onnx.flavour import DecoderInputs
-from exporters.onnx.linear import can_fuse
 from exporters.onnx.parts import DecoderParts
 
 if TYPE_CHECKING:
@@ -33,14 +32,14 @@ def self_attention(
 def _projections(parts: DecoderParts, prefix: str, normed: ir.Value) -> list[ir.Value | None]:
     """q, k and v; in one node where the checkpoint has one, or their layouts agree and no norm follows."""
     architecture = parts.architecture
-    if f"{prefix}{PACKED}.weight" in parts.layers:
+    if parts.has(prefix, PACKED):
         return [parts.linear(prefix, PACKED, normed), None, None]
     names = [f"self_attn.{part}_proj" for part in "qkv"]
-    layers = [parts.layers[f"{prefix}{name}.weight"] for name in names]
-    biases = [architecture.has_bias(name) for name in names]
+    layers = parts.together(prefix, names)
     widths = {norm.name: norm.width for norm in architecture.family.norms}
-    if can_fuse(layers, biases) and not architecture.family.qk_norm:
-        return [parts.linears.add(f"{prefix}{PACKED}", normed, layers, biases[0]), None, None]
+    if layers is not None and not architecture.family.qk_norm:
+        biased = architecture.has_bias(names[0])
+        return [parts.linears.add(f"{prefix}{PACKED}", normed, layers, biased), None, None]
     query, key, value = (parts.linear(prefix, name, normed) for name in names)
     for_heads = {"q": (query, architecture.heads), "k": (key, architecture.kv_heads)}
     normed_heads: list[ir.Value | None] = [

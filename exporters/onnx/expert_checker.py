@@ -36,6 +36,8 @@ def expert_problems(node: ir.Node) -> Iterator[str]:
         yield f"swiglu_fusion {fusion}; onnxruntime's CPU kernel knows rows of gate and up in turn alone (1)"
     if packed != 0:
         yield f"weights_prepacked {packed}; the codes lie as in MatMulNBits (0)"
+    if EXPERTS_KEY not in node.metadata_props:
+        return  # not ours: how many experts there are, and how their rows lie, is written there
     experts = len(json.loads(node.metadata_props[EXPERTS_KEY]))
     if not 1 <= used <= experts:
         yield f"{used} of {experts} experts are used"

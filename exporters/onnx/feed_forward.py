@@ -34,7 +34,7 @@ def gated_network(
 
 
 def _gate_and_up(parts: DecoderParts, prefix: str, names: list[str], normed: ir.Value) -> list[ir.Value]:
-    if f"{prefix}{PACKED}.weight" not in parts.layers:
+    if not parts.has(prefix, PACKED):
         return [parts.linear(prefix, name, normed) for name in names]
     packed = parts.linear(prefix, PACKED, normed)
     widths = parts.builder.constant("constant.gate_up", np.array([parts.architecture.intermediate] * 2, np.int64))

@@ -58,6 +58,11 @@ class Layout:
         return self.rows, self.blocks, self.block * self.bits // 8
 
     @property
+    def flat_shape(self) -> tuple[int, int]:
+        """The codes of a table that rows are gathered from."""
+        return self.rows, self.blocks * self.block * self.bits // 8
+
+    @property
     def scales_shape(self) -> tuple[int, int]:
         return self.rows, self.blocks
 
@@ -73,6 +78,9 @@ class Packed:
     codes: Bytes
     scales: Floats
     zero_points: Bytes | None
+
+    def arrays(self) -> list[Bytes | Floats]:
+        return [self.codes, self.scales, *([] if self.zero_points is None else [self.zero_points])]
 
 
 def refusal_of(grid: Grid) -> Refusal | None:
@@ -107,6 +115,12 @@ def block_of(grid: Grid, columns: int) -> int:
     return grid.group
 
 
+def has_float_kernel(grid: Grid) -> bool:
+    """Whether onnxruntime multiplies float activations with the codes as they lie; 2 and 8 bits it decodes first, on
+    every call."""
+    return CONTAINER[grid.bits] == 4
+
+
 def layout_of(grid: Grid, rows: int, columns: int, block: int | None = None) -> Layout:
     """The layout of a weight [rows, columns] of a grid that `refusal_of` lets pass; `block` None takes `block_of`'s,
     any other must divide the groups."""
@@ -132,6 +146,12 @@ def pack(tensor: QuantizedTensor, block: int | None = None) -> Packed:
         _repeated(tensor.fields["scale"].numpy(), grid, layout).astype(np.float32),
         None if zeros is None else pack_bits(zeros, layout.bits),
     )
+
+
+def empty(layout: Layout) -> Packed:
+    """Arrays of this layout, to be filled."""
+    zeros = np.empty(layout.zero_points_shape, np.uint8) if layout.has_zero_points else None
+    return Packed(np.empty(layout.codes_shape, np.uint8), np.empty(layout.scales_shape, np.float32), zeros)
 
 
 def unpack(packed: Packed, grid: Grid, columns: int, block: int | None = None) -> QuantizedTensor:

@@ -17,7 +17,7 @@ from signround import quantize
 from signround.artifact import QuantizedCheckpoint
 from signround.events import silent
 from signround.loading import load
-from signround.parity import ROUTED, ROUTED_EXACT, verify
+from signround.parity import ROUTED, ROUTED_EXACT, compare_weights, verify
 from signround.runtimes.genai import open_genai
 from signround.runtimes.ort import open_onnxruntime
 from tests.small_artifacts import write_rounded_artifact
@@ -117,3 +117,17 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert onnx["weights"]["exact"] == onnx["weights"]["tensors"]
     assert onnx["logits"]["passed"]
     assert all(block["expert_tokens"] for block in report["tuning"]["blocks"])
+
+
+@torch.no_grad()
+def test_down_projections_on_a_grid_of_their_own(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "model", "qwen3-moe")
+    override = (("experts.*down_proj", "w3g32"),)
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g64-asym", overrides=override)
+    exporter = OnnxExporter(0)
+    exported = exporter.export(artifact, tmp_path / "onnx", silent)
+    parity = compare_weights(artifact, exporter, exported)
+    assert parity.exact == parity.tensors
+    windows = tokens_of(2, 40)
+    found = all_logits(open_onnxruntime(exported.target, 0, threads=1).logits(windows))
+    assert relative_error(found, load(artifact.folder)(windows).logits) <= 1e-5

@@ -189,7 +189,9 @@ def _is_half_graph(exported: ExportedModel) -> bool:
 
 
 def _rounds_always(artifact: QuantizedCheckpoint, exported: ExportedModel) -> bool:
-    """onnxruntime multiplies weights of 2 and 8 bits fast with int8 activations only."""
+    """onnxruntime multiplies weights of 2 and 8 bits fast with int8 activations only. Mixtures have a gate for that."""
+    if artifact.plan.architecture.mixture:
+        return False
     return exported.format == "onnx" and any(layer.grid.bits in (2, 8) for layer in artifact.plan.layers())
 
 

@@ -8,7 +8,8 @@ CPU kernel knows no other order:
 
 with scales float32 [experts, rows, columns / block], and zero points packed along the blocks. One block size holds for
 both, and must divide every row. Measured on the CPU kernel of onnxruntime 1.31 (docs/decisions.md): 4 bits have a
-float32 kernel; 8 bits compute with int8 activations at every level; 2 bits do so through lookup tables.
+float32 kernel; 8 bits compute with int8 activations at every level; 2 bits do so through lookup tables; 4 bits in one
+stack and 8 in the other are not implemented.
 Refuses 2 bits, experts of one block on different grids, and rows that no block divides. The node's metadata names the
 weights and their grids. Source: schema of com.microsoft::QMoE; `accuracy_level` exists from onnxruntime 1.31 on.
 """
@@ -102,6 +103,10 @@ def expert_refusals(plan: ModelPlan) -> list[Refusal]:
                 )
             found += [_bits_refusal(grid) for grid in grids if CONTAINER.get(grid.bits) not in BITS]
         every = tuple(layer for expert in layers for layer in expert)
+        if len({CONTAINER.get(layer.grid.bits) for layer in every}) > 1:
+            found.append(
+                _refusal("gate, up and down of a block's experts take fields of different widths, QMoE has one")
+            )
         if _common_block(every) is None:
             widths = " and ".join(map(str, sorted({layer.columns for layer in every})))
             found.append(
@@ -182,11 +187,9 @@ class ExpertWriter:
             "activation_beta": 0.0,
             "swiglu_fusion": 1,
             "normalize_routing_weights": int(weights is None),
-            "accuracy_level": 0 if self._accuracy.exact_down else self._accuracy.level,
+            "accuracy_level": self._accuracy.of([fc2.experts[0][0]]),
             "weights_prepacked": 0,
         }
-        if fc2.layout.bits != fc1.layout.bits:
-            attributes["fc2_expert_weight_bits"] = fc2.layout.bits
         metadata = {
             EXPERTS_KEY: canonical_json([[layer.name for layer in expert] for expert in layers]),
             GRIDS_KEY: canonical_json([stack.experts[0][0].grid.to_json() for stack in (fc1, fc2)]),

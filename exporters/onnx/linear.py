@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 WEIGHTS_KEY = "signround.weights"  # node metadata: JSON list of [weight name, rows]
 GRID_KEY = "signround.grid"  # node metadata: the grid as JSON
 COLUMNS_KEY = "signround.columns"  # node metadata of an embedding: its width without padding
+DOWN = (".down_proj.weight", ".w2.weight")  # of a feed-forward network, of an expert
 FAST_LEVEL = 4  # int8 activations
 SLICE_WEIGHTS = 1 << 24  # weights of one matrix that are unpacked in memory at a time
 
@@ -52,7 +53,7 @@ class Accuracy:
 
 
 def is_down_projection(layer: LayerPlan) -> bool:
-    return layer.name.endswith("mlp.down_proj.weight")
+    return layer.name.endswith(DOWN)
 
 
 @dataclass(frozen=True)

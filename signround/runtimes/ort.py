@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 LOGIT_BYTES = 128 * 2**20  # of one batch: windows are batched up to this
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}  # of a cache: onnxruntime's name -> numpy's
 LEVELLED = ("MatMulNBits", "QMoE")
-EXPERT_BITS = ("expert_weight_bits", "fc2_expert_weight_bits")
 NO_PREPACKING = "session.disable_prepacking"
 QUIET = 3  # log severity: errors only; they reach the caller as exceptions anyway
 FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -91,7 +90,8 @@ def _has_coarse_experts(model: onnx.ModelProto) -> bool:
     """Whether experts compute with int8 activations at every level: QMoE's packed kernels of 8 bits do. Not packed,
     their weights are decoded to float32 on each call: slow, and exact (measured with onnxruntime 1.31)."""
     experts = (node for node in model.graph.node if node.op_type == "QMoE")
-    return any(attribute.i == 8 for node in experts for attribute in node.attribute if attribute.name in EXPERT_BITS)
+    attributes = (attribute for node in experts for attribute in node.attribute)
+    return any(attribute.name == "expert_weight_bits" and attribute.i == 8 for attribute in attributes)
 
 
 def _accuracy_levels(model: onnx.ModelProto) -> Iterator[Any]:

@@ -199,8 +199,20 @@ def test_steps_to_more_exact_graphs(llama_folder: Path) -> None:
     assert steps("w3g32-asym") == [down, OnnxExporter(accuracy_level=0)]
     assert steps("w4g32", ("lm_head", "w8g32")) == [down, OnnxExporter(accuracy_level=0, keep_fast=True)]
     assert steps("w4g32", ("down_proj", "w8g32")) == [OnnxExporter(accuracy_level=0, keep_fast=True)]
+    assert steps("w2g64", ("lm_head", "w4g32"))[-1].keep_fast
     assert steps("w2g64") == steps("w8g32") == steps("q8_0") == []
     assert OnnxExporter(fallback=False).more_exact(plan_of(llama_folder, "w4g32")) is None
+
+
+def test_an_embedding_that_is_only_looked_up_has_no_level(untied_folder: Path) -> None:
+    for kind in ("w8g32", "w2g16"):
+        plan = plan_of(untied_folder, "w4g32", ("embed_tokens", kind))
+        step = OnnxExporter(exact_down_proj=True).more_exact(plan)
+        assert step == OnnxExporter(accuracy_level=0)
+        assert "slower" not in " ".join(step.notes(plan))
+        assert not any("products of" in note for note in step.notes(plan))
+    plan = plan_of(untied_folder, "w4g32", ("lm_head", "w2g16"))
+    assert "no fast kernel" in " ".join(EXPORTER.notes(plan))
 
 
 @pytest.mark.parametrize("kind", ["q4_1", "q5_0", "iq4_nl", "mxfp4"])

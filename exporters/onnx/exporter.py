@@ -90,12 +90,12 @@ class OnnxExporter:
     def more_exact(self, plan: ModelPlan) -> OnnxExporter | None:
         """Float activations in the down projections, where the outliers are; then everywhere. Not in products of 2 and
         8 bits, which onnxruntime would compute a hundred times as slowly: whoever wants that asks for level 0."""
-        fast = [has_float_kernel(layer.grid) for layer in plan.layers()]
+        fast = [has_float_kernel(layer.grid) for layer in plan.products()]
         if not self.fallback or self.accuracy_level != 4 or not any(fast):
             return None
         if self.weights == "dequantize":  # one level for all
             return replace(self, accuracy_level=0) if all(fast) else None
-        down = any(is_down_projection(layer) and has_float_kernel(layer.grid) for layer in plan.layers())
+        down = any(is_down_projection(layer) and has_float_kernel(layer.grid) for layer in plan.products())
         if down and not self.exact_down_proj:
             return replace(self, exact_down_proj=True)
         return replace(self, accuracy_level=0, exact_down_proj=False, keep_fast=not all(fast))
@@ -148,6 +148,8 @@ class OnnxExporter:
             group = "whole rows" if grid.group is None else f"groups of {grid.group}"
             sizes = " and ".join(map(str, sorted(blocks)))
             yield f"onnx: {group} are stored as blocks of {sizes} that repeat their scale; the weights are the same."
+        if all(layer.grid != grid for layer in plan.products()):
+            return
         if grid.bits == 2 and not blocks <= set(FAST_2_BIT_BLOCKS):
             yield (
                 "onnx: 2 bits in blocks of 16 have no fast kernel in onnxruntime (some 100 times slower); "

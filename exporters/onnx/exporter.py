@@ -23,6 +23,7 @@ from exporters.onnx import inspection, layouts
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.carried import SideFiles, side_files, size_of, template_note, write
 from exporters.onnx.checker import problems_of
+from exporters.onnx.data_files import count_data_files, save_chunks
 from exporters.onnx.decoder import build_decoder
 from exporters.onnx.experts import expert_notes, expert_refusals
 from exporters.onnx.form import GraphForm
@@ -34,7 +35,6 @@ from exporters.onnx.packing import refusal_of as grid_refusal
 from exporters.onnx.parts import norm_addend
 from exporters.onnx.reader import ADDED_KEY, DTYPE_KEY, added_to, decode_all, load_graph, read_quantized
 from exporters.onnx.rope import positions_of, rotary_tables
-from exporters.onnx.saving import data_files, save
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced
@@ -198,8 +198,8 @@ class OnnxExporter:
             on_event(StageAdvanced("export", done, total, name))
 
         with folder_written_whole(out) as folder:
-            write(self._side_files(plan, data_files(model, places)), folder)
-            save(model, builder.views, folder, places, advanced)
+            write(self._side_files(plan, count_data_files(model, places)), folder)
+            save_chunks(model, builder.views, folder, places, advanced)
             problems = problems_of(load_graph(folder), (folder / places.graph).parent)
             if problems:
                 raise FailedError(

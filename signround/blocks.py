@@ -1,7 +1,7 @@
 """Decoder blocks one at a time: transformers' own modules, filled from any source of named tensors.
 
 The forward pass is never rewritten here: what is tuned is what transformers runs (stacked experts excepted, which are
-run one by one: `signround.experts`). At no time is more than one block (or the embedding, or the head) in memory.
+run one by one: `signround.experts`). Nothing here keeps a block: whoever asks for one holds it.
 Attention is causal over whole windows; there is no padding.
 """
 

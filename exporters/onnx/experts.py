@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -156,7 +155,7 @@ class ExpertWriter:
         self._builder = builder
         self._source = source
         self._accuracy = accuracy
-        self._packed = lru_cache(maxsize=1)(self._pack)
+        self._latest: tuple[ExpertStack, Packed] | None = None
 
     def add(
         self,
@@ -223,6 +222,12 @@ class ExpertWriter:
         array: Callable[[Packed], NDArray[Any]],
     ) -> ir.Value:
         return self._builder.lazy(f"{stack.name}.{part}", dtype, shape, lambda: array(self._packed(stack)))
+
+    def _packed(self, stack: ExpertStack) -> Packed:
+        if self._latest is None or self._latest[0] is not stack:
+            self._latest = None  # the one before is gone before the next is built
+            self._latest = stack, self._pack(stack)
+        return self._latest[1]
 
     def _pack(self, stack: ExpertStack) -> Packed:
         """All experts of a stack, expert by expert into its place."""

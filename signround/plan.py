@@ -104,6 +104,10 @@ class ModelPlan:
         for block in self.blocks:
             yield from block.layers
 
+    def products(self) -> Iterator[LayerPlan]:
+        """Every quantised matrix that activations are multiplied with: all but an embedding that is only looked up."""
+        return (layer for layer in self.layers() if layer.name != EMBEDDING or self.architecture.tied)
+
     def kept(self) -> Iterator[KeptTensor]:
         """Every tensor that stays as it is: outer tensors, then block by block."""
         yield from self.outer

@@ -23,6 +23,7 @@ from exporters.onnx import inspection, layouts
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.carried import SideFiles, side_files, size_of, template_note, write
 from exporters.onnx.checker import problems_of
+from exporters.onnx.data_files import count_data_files, save_chunks
 from exporters.onnx.decoder import build_decoder
 from exporters.onnx.experts import expert_notes, expert_refusals
 from exporters.onnx.form import GraphForm
@@ -34,7 +35,6 @@ from exporters.onnx.packing import refusal_of as grid_refusal
 from exporters.onnx.parts import norm_addend
 from exporters.onnx.reader import ADDED_KEY, DTYPE_KEY, added_to, decode_all, load_graph, read_quantized
 from exporters.onnx.rope import positions_of, rotary_tables
-from exporters.onnx.saving import data_files, save
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 LEVELS = (0, 1, 2, 3, FAST_LEVEL)
 WRITERS = ("onnx", "onnx_ir")
-NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
+METADATA_BYTES = 1500  # of the model
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class OnnxExporter:
     def more_exact(self, plan: ModelPlan) -> OnnxExporter | None:
         """Float activations in the down projections, where the outliers are; then everywhere. Not in products of 2 and
         8 bits, which onnxruntime would compute a hundred times as slowly: whoever wants that asks for level 0."""
-        fast = [has_float_kernel(layer.grid) for layer in plan.layers()]
+        fast = [has_float_kernel(layer.grid) for layer in plan.products()]
         if not self.fallback or self.accuracy_level != 4 or not any(fast):
             return None
         if self.weights == "dequantize":  # one level for all
             return replace(self, accuracy_level=0) if all(fast) else None
-        down = any(is_down_projection(layer) and has_float_kernel(layer.grid) for layer in plan.layers())
+        down = any(is_down_projection(layer) and has_float_kernel(layer.grid) for layer in plan.products())
         if down and not self.exact_down_proj:
             return replace(self, exact_down_proj=True)
         return replace(self, accuracy_level=0, exact_down_proj=False, keep_fast=not all(fast))
@@ -148,6 +148,8 @@ class OnnxExporter:
             group = "whole rows" if grid.group is None else f"groups of {grid.group}"
             sizes = " and ".join(map(str, sorted(blocks)))
             yield f"onnx: {group} are stored as blocks of {sizes} that repeat their scale; the weights are the same."
+        if all(layer.grid != grid for layer in plan.products()):
+            return
         if grid.bits == 2 and not blocks <= set(FAST_2_BIT_BLOCKS):
             yield (
                 "onnx: 2 bits in blocks of 16 have no fast kernel in onnxruntime (some 100 times slower); "
@@ -170,7 +172,7 @@ class OnnxExporter:
         """See `Exporter.estimated_bytes`: the graph is laid out from shapes, and no tensor is read."""
         builder = build_decoder(plan, _NoTensors(), self._form)
         tensors = sum(value.const_value.nbytes for value in builder.constants.values() if value.const_value)
-        return tensors + NODE_BYTES * len(builder.nodes) + size_of(self._side_files(plan, 1))
+        return tensors + builder.graph_bytes() + METADATA_BYTES + size_of(self._side_files(plan, 1))
 
     def _places(self, plan: ModelPlan) -> layouts.Places:
         return layouts.places_of(self.layout, plan, self.dtype)
@@ -196,8 +198,8 @@ class OnnxExporter:
             on_event(StageAdvanced("export", done, total, name))
 
         with folder_written_whole(out) as folder:
-            write(self._side_files(plan, data_files(model, places)), folder)
-            save(model, builder.views, folder, places, advanced)
+            write(self._side_files(plan, count_data_files(model, places)), folder)
+            save_chunks(model, builder.views, folder, places, advanced)
             problems = problems_of(load_graph(folder), (folder / places.graph).parent)
             if problems:
                 raise FailedError(

@@ -9,8 +9,9 @@ such decoders.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,9 @@ class OnnxRuntime:
         self._session: onnxruntime.InferenceSession | None = session
         self._folder = folder
         inputs = {value.name: value for value in session.get_inputs()}
-        self._past = {name: value.shape for name, value in inputs.items() if name.startswith("past_key_values.")}
+        self._past = {
+            name: _sizes(value.shape, folder) for name, value in inputs.items() if name.startswith("past_key_values.")
+        }
         self._dtypes = {name: DTYPES.get(inputs[name].type, "") for name in self._past}
         self._wants_positions = "position_ids" in inputs
         width = next((value.shape[-1] for value in session.get_outputs() if value.name == "logits"), None)
@@ -131,6 +134,7 @@ class OnnxRuntime:
             not {"input_ids", "attention_mask"} <= inputs.keys()
             or not isinstance(width, int)
             or "" in self._dtypes.values()
+            or (0, 0) in self._past.values()
         ):
             raise refuse(
                 "the graph is not a decoder with input_ids, attention_mask, logits and a cache of float32 or fp16",
@@ -205,7 +209,7 @@ class OnnxRuntime:
 
         return tuple(
             OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, size), self._dtypes[name]))
-            for name, (_, heads, _, size) in self._past.items()
+            for name, (heads, size) in self._past.items()
         )
 
     def _opened(self) -> onnxruntime.InferenceSession:
@@ -219,6 +223,16 @@ class OnnxRuntime:
     def close(self) -> None:
         """See `Runtime.close`."""
         self._session = None
+
+
+def _sizes(shape: Sequence[int | str | None], folder: Path) -> tuple[int, int]:
+    """Heads and values of a head in one cache; (0, 0) when nobody says. The builder of onnxruntime-genai leaves the
+    second out of the graph, genai_config.json has it."""
+    heads, size = shape[1], shape[3]
+    config = folder / "genai_config.json"
+    if isinstance(heads, int) and not isinstance(size, int) and config.is_file():
+        size = json.loads(config.read_text())["model"]["decoder"]["head_size"]
+    return (heads, size) if isinstance(heads, int) and isinstance(size, int) else (0, 0)
 
 
 def _ort_errors() -> tuple[type[Exception], ...]:

@@ -141,7 +141,7 @@ def test_several_data_files_are_one_model(
     for name, tensor in BROWSER.read_back(OnnxExporter().opened(exported.target)):
         assert torch.equal(tensor.codes, artifact.quantized(name).codes), name
     monkeypatch.setattr(layouts, "CHUNK_BYTES", 1)
-    monkeypatch.setattr("exporters.onnx.saving.MOST_CHUNKS", 3)
+    monkeypatch.setattr("exporters.onnx.data_files.MOST_CHUNKS", 3)
     with pytest.raises(FailedError, match="data files, 3 are the most"):
         BROWSER.export(artifact, tmp_path / "many", silent)
     assert not (tmp_path / "many").exists()

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 INLINE_BYTES = 1024  # shape constants must stay in the graph: onnxruntime does not load them from outside
 
 
-def data_files(model: ir.Model, places: Places) -> int:
-    """How many data files `save` will write."""
+def count_data_files(model: ir.Model, places: Places) -> int:
+    """How many data files `save_chunks` will write."""
     return max(places.chunks([tensor.nbytes for _, tensor in _outside(model)]), default=-1) + 1
 
 
+<<<<<<< HEAD:exporters/onnx/saving.py
 def save(
     model: ir.Model,
     views: Iterable[View],
@@ -36,6 +37,9 @@ def save(
     places: Places,
     on_tensor: Callable[[int, int, str], None],
 ) -> None:
+=======
+def save_chunks(model: ir.Model, folder: Path, places: Places, on_tensor: Callable[[int, int, str], None]) -> None:
+>>>>>>> i4-packages:exporters/onnx/data_files.py
     """Write the graph and its data below `folder`; `on_tensor(done, total, name)` follows each tensor. The tensors of
     `model` are those in the files afterwards, and `views` are among its constants."""
     import onnx_ir as ir
@@ -63,6 +67,10 @@ def save(
     for view in views:
         view.value.const_value = _seen_as(view)
         model.graph.register_initializer(view.value)
+    for value in model.graph.initializers.values():  # the small ones: here, where an error keeps its kind
+        lazy = value.const_value
+        if isinstance(lazy, ir.LazyTensor):
+            value.const_value = ir.Tensor(lazy.numpy(), dtype=lazy.dtype, name=lazy.name)
     ir.save(model, graph)
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exporters.onnx.saving import save_graph
 
 from exporters.onnx import linear
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.checker import problems_of
 from exporters.onnx.exporter import OnnxExporter
 from exporters.onnx.reader import load_graph
-from exporters.onnx.saving import save_graph
 from signround.architecture import EMBEDDING, HEAD
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint

@@ -70,12 +70,17 @@ class ShapesOnly(SourceCheckpoint):
         return "0" * 64
 
 
-def write_shape(folder: Path, layers: int, scale: int) -> ShapesOnly:
-    """config.json and tokenizer of Llama-3-8B with `layers` blocks, every size divided by `scale`."""
+def llama_3_8b(layers: int, scale: int) -> dict[str, int]:
+    """The sizes of Llama-3-8B with `layers` blocks, every width divided by `scale`."""
+    sizes = {key: max(1, size // scale) for key, size in LLAMA_3_8B.items()}
+    return sizes | {"num_hidden_layers": layers, "head_dim": 128}
+
+
+def write_shape(folder: Path, sizes: Mapping[str, int], *, tied: bool = False) -> ShapesOnly:
+    """config.json and tokenizer of a Llama of these `sizes` (fields of config.json)."""
     folder.mkdir(parents=True)
     config: dict[str, Any] = json.loads((TOKENIZER / "config.json").read_text())
-    sizes = {key: max(1, size // scale) for key, size in LLAMA_3_8B.items()}
-    config |= sizes | {"num_hidden_layers": layers, "head_dim": 128, "tie_word_embeddings": False}
+    config |= {**sizes, "tie_word_embeddings": tied}
     config |= {"bos_token_id": sizes["vocab_size"] - 2} | dict.fromkeys(ENDS, sizes["vocab_size"] - 1)
     config |= {"max_position_embeddings": 8192, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -125,6 +130,12 @@ def random_kept(kept: KeptTensor) -> torch.Tensor:
     if len(kept.shape) == 1:
         return torch.ones(kept.shape, dtype=kept.torch_dtype)
     return torch.empty(kept.shape, dtype=kept.torch_dtype).uniform_(-0.02, 0.02)
+
+
+def random_plan(checkpoint: SourceCheckpoint, scheme: str) -> ModelPlan:
+    """A plan for an artifact that nothing is tuned for; `scheme` may be a file type of llama.cpp."""
+    settings = settings_for("rtn", context=8192, samples=2, seqlen=16)
+    return make_plan(checkpoint, scheme, settings, CalibrationSpec("self"), mixes=True)
 
 
 def write_random_artifact(checkpoint: SourceCheckpoint, plan: ModelPlan, folder: Path) -> None:
@@ -201,9 +212,8 @@ def enough_disk(folder: Path, plan: ModelPlan, exporter: Exporter) -> None:
 
 def measure(scheme: str, folder: Path, layers: int, scale: int) -> dict[str, Any]:
     """Build, export, compare with plain writing, delete."""
-    checkpoint = write_shape(folder / "model", layers, scale)
-    settings = settings_for("rtn", context=8192, samples=2, seqlen=16)
-    plan = make_plan(checkpoint, scheme, settings, CalibrationSpec("self"), mixes=True)
+    checkpoint = write_shape(folder / "model", llama_3_8b(layers, scale))
+    plan = random_plan(checkpoint, scheme)
     exporter = make_exporters(["gguf"])[0]
     enough_disk(folder, plan, exporter)
     started = time.monotonic()

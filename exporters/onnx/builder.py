@@ -52,6 +52,10 @@ class GraphBuilder:
             self.constants[name].const_value = tensor
         return self.constants[name]
 
+    def number(self, value: float) -> ir.Value:
+        """A float32 scalar; equal numbers are one constant."""
+        return self.constant(f"constant.{value!r}", np.array(value, np.float32))
+
     def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], NDArray[Any]]) -> ir.Value:
         """A constant whose array is asked for only while the file is written, and forgotten afterwards."""
         import onnx_ir as ir

@@ -4,7 +4,8 @@
     model.onnx.data    every tensor
     genai_config.json  what onnxruntime-genai needs to know, beside the tokenizer files and config.json
 
-Refuses, at plan time, grids that MatMulNBits cannot hold and head sizes that GroupQueryAttention cannot run.
+Refuses, at plan time, grids that MatMulNBits cannot hold, head sizes that GroupQueryAttention cannot run, and mixtures
+of experts.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from exporters.onnx import contrib
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.checker import problems_of
+from exporters.onnx.contrib import ContribFlavour
 from exporters.onnx.decoder import build_decoder
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
 from exporters.onnx.linear import Accuracy
 from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of
 from exporters.onnx.packing import refusal_of as grid_refusal
-from exporters.onnx.reader import DATA, GRAPH, decode_all, load_graph, read_quantized
-from exporters.onnx.rope import positions_of
+from exporters.onnx.parts import norm_addend
+from exporters.onnx.reader import ADDED_KEY, DATA, GRAPH, added_to, decode_all, load_graph, read_quantized
+from exporters.onnx.rope import positions_of, rotary_tables
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import TOKENIZER_FILES
 from signround.errors import FailedError, Refusal, RefusedError, refuse
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 
 LEVELS = (0, 1, 2, 3, 4)
 WRITERS = ("onnx", "onnx_ir")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 INLINE_BYTES = 1024  # shape constants must stay in the graph: onnxruntime does not load them from outside
 NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
 CARRIED = ("config.json", *TOKENIZER_FILES)
@@ -89,16 +90,15 @@ class OnnxExporter:
         """See `Exporter.refusals`."""
         found = missing_packages(WRITERS, "onnx", "onnx")
         found += [] if self.accuracy_level in LEVELS else [self._level_refusal()]
-        family = plan.architecture.family
-        if family.model_type not in FAMILIES:
-            problem = f"the decoder graph of {family.hf_class} is not written yet; {', '.join(FAMILIES)} models are"
-            others = "gguf" if family.experts else "gguf or gptq"
-            return [*found, Refusal(problem, f"export this model to {others} instead", "onnx")]
+        if plan.architecture.mixture:
+            problem = (
+                f"the decoder graph of {plan.architecture.family.hf_class}, a mixture of experts, is not written yet"
+            )
+            return [*found, Refusal(problem, "export this model to gguf instead", "onnx")]
         found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
         if plan.outer_layers:
             return [*found, _outer_refusal(plan)]
-        head = contrib.refusal_of(plan.architecture)
-        return [*found, head] if head else found
+        return found + ContribFlavour.refusals(plan.architecture)
 
     def _level_refusal(self) -> Refusal:
         return Refusal(
@@ -118,6 +118,12 @@ class OnnxExporter:
                 f"onnx: onnxruntime-genai will allocate {LONGEST} tokens by default (search.max_length in {CONFIG}; "
                 f"the graph takes {positions})."
             )
+        notes += [
+            f"onnx: a text that grows past {table.switch} tokens while it is generated keeps the cached keys of the "
+            "short rope factors, as in transformers' cache; read it anew there (onnxruntime-genai does so at 4097)."
+            for table in rotary_tables(plan.architecture).values()
+            if table.switch is not None
+        ]
         tokenizer = tokenizer_note(plan.files)
         return [*notes, tokenizer] if tokenizer else notes
 
@@ -190,7 +196,8 @@ class OnnxExporter:
 
     def _model(self, builder: GraphBuilder, artifact: QuantizedCheckpoint) -> ir.Model:
         plan = artifact.plan
-        model = builder.model("decoder", contrib.OPSET, contrib.IR_VERSION, "signround", version("signround"))
+        flavour = ContribFlavour
+        model = builder.model("decoder", flavour.opset, flavour.ir_version, "signround", version("signround"))
         model.metadata_props.update(
             {
                 "signround.scheme": plan.scheme,
@@ -199,15 +206,18 @@ class OnnxExporter:
                 "signround.accuracy_level": str(self.accuracy_level),
             }
         )
+        if addend := norm_addend(plan):
+            model.metadata_props[ADDED_KEY] = str(addend)
         return model
 
     def opened(self, target: Path) -> ExportedModel:
         """See `Exporter.opened`."""
-        problems = problems_of(load_graph(target), target)
+        model = load_graph(target)
+        problems = problems_of(model, target)
         if problems:
             raise refuse(f"the graph is not sound ({problems[0]})", "export the artifact again", str(target))
         files = tuple(sorted(path for path in target.iterdir() if path.is_file()))
-        return ExportedModel(self.name, target, files)
+        return ExportedModel(self.name, target, files, added=added_to(model))
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """See `Exporter.read_back`."""

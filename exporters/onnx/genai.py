@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx.contrib import SHARES_CACHE
+from exporters.onnx.contrib import ContribFlavour
 from exporters.onnx.rope import positions_of
 from signround.plan import ModelPlan
 
+GENERIC = "decoder"  # how onnxruntime-genai calls a language model whose family it has no name for
+NAMED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"})
 CONFIG = "genai_config.json"
 LONGEST = 4096  # the shared cache is allocated for this many tokens at load; a full context can be gigabytes
 
@@ -20,10 +22,10 @@ LONGEST = 4096  # the shared cache is allocated for this many tokens at load; a 
 def genai_config(plan: ModelPlan, graph_file: str) -> dict[str, Any]:
     """The content of genai_config.json."""
     architecture = plan.architecture
-    context = positions_of(architecture)
+    family, context = architecture.family.model_type, positions_of(architecture)
     return {
         "model": {
-            "type": architecture.family.model_type,
+            "type": family if family in NAMED else GENERIC,
             **_special_tokens(plan),
             "context_length": context,
             "vocab_size": architecture.vocabulary,
@@ -48,7 +50,7 @@ def genai_config(plan: ModelPlan, graph_file: str) -> dict[str, Any]:
                 },
             },
         },
-        "search": {"max_length": min(context, LONGEST), "past_present_share_buffer": SHARES_CACHE},
+        "search": {"max_length": min(context, LONGEST), "past_present_share_buffer": ContribFlavour.shares_cache},
     }
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 KEPT_SUFFIX = ".weight"  # kept tensors keep their checkpoint name; what belongs to a MatMulNBits node does not end so
+ADDED_KEY = "signround.added_to_norms"  # model metadata: what the file adds to the weight of every norm
 DECODED_COLUMNS = 256  # inputs decoded at once: bounds the identity matrix and the time, which grows with its square
 
 
@@ -58,6 +59,14 @@ def load_graph(folder: Path) -> ir.Model:
             str(folder),
         )
     return model
+
+
+def added_to(model: ir.Model) -> dict[str, float]:
+    """Norm -> what its stored weight has more than the checkpoint's (`ExportedModel.added`)."""
+    if ADDED_KEY not in model.metadata_props:
+        return {}
+    added = float(model.metadata_props[ADDED_KEY])
+    return {name: added for name in model.graph.initializers if name and name.endswith(f"norm{KEPT_SUFFIX}")}
 
 
 def read_quantized(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:

@@ -25,7 +25,7 @@ from signround.plan import CalibrationSpec, make_plan
 from signround.qtensor import QuantizedTensor
 from signround.recipes import settings_for
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import FAMILIES, write_small_model
+from tests.small_models import DENSE, FAMILIES, write_small_model
 
 pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
@@ -205,27 +205,26 @@ def test_it_is_an_exporter() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_without_a_graph_are_refused_by_name(family: str, tmp_path: Path) -> None:
-    """Each of them has something that the decoder graph would leave out without a word."""
+def test_mixtures_are_refused_by_name_and_nothing_else(family: str, tmp_path: Path) -> None:
     model = write_small_model(tmp_path / "model", family)
     plan = make_plan(
         SourceCheckpoint(model), "w4g32", settings_for("rtn", context=64, samples=2, seqlen=16), CalibrationSpec("self")
     )
     sentences = [refusal.sentence() for refusal in OnnxExporter().refusals(plan)]
-    if FAMILIES[family]["model_type"] in ("llama", "mistral", "qwen2", "qwen3"):
+    if family in DENSE:
         assert sentences == []
     else:
         assert len(sentences) == 1
-        assert f"the decoder graph of {plan.architecture.family.hf_class} is not written yet" in sentences[0]
+        assert f"the decoder graph of {plan.architecture.family.hf_class}, a mixture of experts," in sentences[0]
 
 
 def test_refusals_come_all_at_once(artifact_of: Maker, tmp_path: Path) -> None:
-    refusals = OnnxExporter(accuracy_level=7).refusals(artifact_of("llama", "q4_1", head_dim=24).plan)
+    refusals = OnnxExporter(accuracy_level=7).refusals(artifact_of("llama", "q4_1", head_dim=20).plan)
     text = " ".join(refusal.sentence() for refusal in refusals)
     assert len(refusals) == 3
     assert "accuracy_level 7" in text
     assert "zero as minimum" in text
-    assert "heads of 24" in text
+    assert "heads of 20" in text
     with pytest.raises(RefusedError):
         OnnxExporter().export(artifact_of("llama", "q5_0"), tmp_path / "onnx", silent)
     assert OnnxExporter().refusals(artifact_of().plan) == []

@@ -11,10 +11,10 @@ every row. A Hugging Face folder is rounded to `--scheme` first (speed does not 
 - Export: a fresh process each, from the artifact and from the GPTQ folder; seconds from start to end of the process,
   imports included; peak resident memory (VmHWM) of the process.
 - Loading: a fresh process that has imported the runtime; seconds, and resident memory after it.
-- Speed: one process for each graph and runtime, asked in turn (ours, theirs, theirs, ours, ...); the fastest repetition of all
-  rounds counts, since other work on a machine only ever adds time. Prefill: one sequence from an
-  empty cache. Decode: one token behind `past` cached ones. Plain onnxruntime runs with bound buffers, past and present
-  in one where both graphs allow it, else concatenated in both.
+- Speed: one process for each graph and runtime, asked in turn (ours, theirs, theirs, ours, ...); the fastest repetition
+  of all rounds counts, since other work on a machine only ever adds time. Prefill: one sequence from an empty cache.
+  Decode: one token behind `past` cached ones. Plain onnxruntime runs with bound buffers, past and present in one where
+  both graphs allow it, else concatenated in both.
 
 Ends with code 1 when a target is missed: every speed >= 0.97 and one above 1, export peak memory <= 0.5 (printed as
 theirs over ours: >= 2).

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from exporters.onnx.elementwise import activated
+from exporters.onnx.linear import can_fuse
 from exporters.onnx.parts import DecoderParts
 
 if TYPE_CHECKING:
@@ -24,8 +25,15 @@ def feed_forward(parts: DecoderParts, prefix: str, normed: ir.Value) -> ir.Value
 
 
 def _gate_and_up(parts: DecoderParts, prefix: str, normed: ir.Value) -> list[ir.Value]:
-    if f"{prefix}{PACKED}.weight" not in parts.layers:
-        return [parts.linear(prefix, f"mlp.{name}_proj", normed) for name in ("gate", "up")]
-    packed = parts.linear(prefix, PACKED, normed)
+    """Through one node where the checkpoint has one, or their layouts agree: the input is rounded once."""
+    names = [f"mlp.{name}_proj" for name in ("gate", "up")]
+    if f"{prefix}{PACKED}.weight" in parts.layers:
+        packed = parts.linear(prefix, PACKED, normed)
+    else:
+        layers = [parts.layers[f"{prefix}{name}.weight"] for name in names]
+        biases = [parts.architecture.has_bias(name) for name in names]
+        if not can_fuse(layers, biases):
+            return [parts.linear(prefix, name, normed) for name in names]
+        packed = parts.linears.add(f"{prefix}{PACKED}", normed, layers, biases[0])
     widths = parts.builder.constant("constant.gate_up", np.array([parts.architecture.intermediate] * 2, np.int64))
     return parts.builder.op("Split", f"{prefix}mlp.apart", [packed, widths], outputs=2, attributes={"axis": -1})

@@ -5,8 +5,8 @@
 
 `serve` loads the folder, prints what that took as one line of JSON, then answers one line of JSON a request,
 {"work": "prefill" | "decode", "tokens": N, "times": N}, with the seconds of each repetition (on the clock, of the
-processor). It imports nothing but numpy and the runtime, so its resident memory is the runtime's. `export` prints its peak memory. Peaks are VmHWM:
-ru_maxrss of a child can be what its parent had resident.
+processor). It imports nothing but numpy and the runtime, so its resident memory is the runtime's. `export` prints its
+peak memory. Peaks are VmHWM: ru_maxrss of a child can be what its parent had resident.
 """
 
 from __future__ import annotations

@@ -29,17 +29,13 @@ def count_data_files(model: ir.Model, places: Places) -> int:
     return max(places.chunks([tensor.nbytes for _, tensor in _outside(model)]), default=-1) + 1
 
 
-<<<<<<< HEAD:exporters/onnx/saving.py
-def save(
+def save_chunks(
     model: ir.Model,
     views: Iterable[View],
     folder: Path,
     places: Places,
     on_tensor: Callable[[int, int, str], None],
 ) -> None:
-=======
-def save_chunks(model: ir.Model, folder: Path, places: Places, on_tensor: Callable[[int, int, str], None]) -> None:
->>>>>>> i4-packages:exporters/onnx/data_files.py
     """Write the graph and its data below `folder`; `on_tensor(done, total, name)` follows each tensor. The tensors of
     `model` are those in the files afterwards, and `views` are among its constants."""
     import onnx_ir as ir

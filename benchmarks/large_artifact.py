@@ -6,9 +6,9 @@ No model of that size is needed: codes and fields are drawn at random, one tenso
 artifact, from a plan that was made of config.json and shapes alone. The tokenizer is the bundled model's, grown to
 the vocabulary by random merges. The export runs in a fresh process through `signround.pipeline.export`, as a user's
 does (hashes of the artifact checked first), and asks the operating system for its peak (VmHWM, interpreter and
-libraries included). `plain` is a sequential write and fsync of as many bytes to the same disk, the faster of two, one before and
-one after. The artifact was just written: it is read from the page cache where memory suffices. Ends with code 1 when
-a peak is not below the case's, with 2 when the disk is too small. Everything is deleted.
+libraries included). `plain` is a sequential write and fsync of as many bytes to the same disk, the faster of two, one
+before and one after. The artifact was just written: it is read from the page cache where memory suffices. Ends with
+code 1 when a peak is not below that of its case, with 2 when the disk is too small. Everything is deleted.
 
 The ONNX case has 14 of the 32 blocks and a vocabulary of 32000 (its tables are one tensor each, and one tensor is in
 memory at a time; 128256 rows of 4096 are more than 1 GB). Its tensors are one file of more than 2 GiB, which no

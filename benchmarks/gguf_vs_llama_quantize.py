@@ -30,12 +30,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +43,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.llama_quantize import FILE_TYPES, bos_of, chunks_of, collect_importance, quantize
+from benchmarks.tally import Tally
 from exporters.gguf.container import GgufFile
 from exporters.gguf.imatrix import read_imatrix, write_imatrix
 from exporters.gguf.layout import TYPE_BYTES
@@ -60,41 +60,6 @@ IMATRIX_CHUNK = 512
 F32, Q8_0 = 0, 8  # ggml's type ids
 OURS, THEIRS = "signround", "llama-quantize"
 TARGETS = {"q2_k": 0.45, "q3_k_m": 0.45, "q4_0": 0.6, "q4_k_m": 0.6, "iq4_xs": 0.6, "q5_k_m": 0.9, "q6_k": 0.9}
-
-
-@dataclass
-class Tally:
-    """What one file did on one text, summed in float64 over float32 log-probabilities."""
-
-    likelihood: float = 0.0
-    reference_likelihood: float = 0.0
-    divergence: float = 0.0
-    agreed: int = 0
-    positions: int = 0
-
-    def add(self, logits: Tensor, reference: Tensor, following: Tensor) -> None:
-        """`logits` [positions, vocabulary] of the file, log-probabilities of the F32 file, the tokens that follow."""
-        found = logits.log_softmax(-1)
-        self.likelihood += found.gather(-1, following[:, None]).sum(dtype=torch.float64).item()
-        self.reference_likelihood += reference.gather(-1, following[:, None]).sum(dtype=torch.float64).item()
-        self.divergence += (reference.exp() * (reference - found)).sum(dtype=torch.float64).item()
-        self.agreed += int((found.argmax(-1) == reference.argmax(-1)).sum())
-        self.positions += len(following)
-
-    def include(self, other: Tally) -> None:
-        """Add what was counted elsewhere."""
-        for one in fields(self):
-            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
-
-    def figures(self) -> dict[str, float]:
-        perplexity = math.exp(-self.likelihood / self.positions)
-        return {
-            "perplexity": perplexity,
-            "perplexity_ratio": perplexity / math.exp(-self.reference_likelihood / self.positions),
-            "mean_kl": self.divergence / self.positions,
-            "top1": self.agreed / self.positions,
-            "positions": self.positions,
-        }
 
 
 @dataclass

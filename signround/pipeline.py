@@ -308,7 +308,7 @@ def _exported(
     job: Job, exporter: Exporter, artifact: QuantizedCheckpoint, windows: Tensor, on_event: Listener
 ) -> ExportResult:
     """Write and judge one format. Where the file is right but the runtime's own rounding of activations misses the
-    gate, the exporter's next more exact variant is written instead."""
+    gate, or what was aimed at, the exporter's next more exact variant is written instead."""
     reset_peak_memory()
     started = time.monotonic()
     exported = export(artifact, exporter, job.out / exporter.name, on_event=on_event)
@@ -317,16 +317,18 @@ def _exported(
     reset_peak_memory()
     parity = verify_files(artifact, exporter, exported, windows, on_event)
     gentler = exporter.more_exact(job.plan)
-    if parity.only_activations_failed and gentler is not None:
+    if parity.only_activations_failed:
         assert parity.logits is not None
-        on_event(
-            Notice(
-                f"{exporter.name}: the file is exact, but {parity.logits.runtime} rounds activations too coarsely "
-                f"for this model (mean KL {parity.logits.score.mean_kl:.1e}, the gate is "
-                f"{parity.logits.gate.mean_kl:.0e}); writing it again as {gentler}"
-            )
+        wanted = (parity.logits.aim or parity.logits.gate).mean_kl
+        coarse = (
+            f"{exporter.name}: the file is exact, but {parity.logits.runtime} rounds activations too coarsely for this "
+            f"model (mean KL {parity.logits.score.mean_kl:.1e}, {wanted:.0e} is wanted)"
         )
-        return _exported(job, gentler, artifact, windows, on_event)
+        if gentler is not None:
+            on_event(Notice(f"{coarse}; writing it again as {gentler}"))
+            return _exported(job, gentler, artifact, windows, on_event)
+        if parity.passed:
+            on_event(Notice(f"{coarse}; it stays, a more exact form would be far slower"))
     return ExportResult(exported, parity, seconds, peak, peak_memory()[0])
 
 

@@ -104,6 +104,10 @@ class ModelPlan:
         for block in self.blocks:
             yield from block.layers
 
+    def products(self) -> Iterator[LayerPlan]:
+        """Every quantised matrix that activations are multiplied with: all but an embedding that is only looked up."""
+        return (layer for layer in self.layers() if layer.name != EMBEDDING or self.architecture.tied)
+
     def kept(self) -> Iterator[KeptTensor]:
         """Every tensor that stays as it is: outer tensors, then block by block."""
         yield from self.outer
@@ -262,21 +266,24 @@ def _keep(checkpoint: SourceCheckpoint, name: str, shape: tuple[int, ...], chose
     elif "norm" in name:
         reason = "norms are not quantised"
     elif name in (EMBEDDING, HEAD):
-        reason = "embeddings and head keep their precision"
+        reason = "embedding and head keep their precision unless --tensor-type names them"
     else:
         reason = "routers keep their precision: they decide which experts run"
     return KeptTensor(name, shape, dtype, reason)
 
 
 def _cut_super_blocks(plan: ModelPlan) -> list[Refusal]:
-    cut = {layer.columns for layer in plan.layers() if layer.grid.super_block and layer.grid.ragged(layer.columns)}
+    """One refusal a row length; file types never cut one, their fallbacks see to it."""
+    cut = {
+        layer.columns: layer for layer in plan.layers() if layer.grid.super_block and layer.grid.ragged(layer.columns)
+    }
     return [
         Refusal(
-            f"rows of {columns} weights are no whole number of super-blocks of 256, which {plan.scheme} needs",
+            f"rows of {columns} weights are no whole number of super-blocks of 256, which {layer.name} would need",
             "choose a file type such as q4_k_m with --to gguf alone (it falls back as llama.cpp does), or w4g32",
-            "--scheme",
+            "--tensor-type" if "--tensor-type" in layer.reason else "--scheme",
         )
-        for columns in sorted(cut)
+        for columns, layer in sorted(cut.items())
     ]
 
 

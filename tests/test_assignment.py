@@ -206,6 +206,95 @@ def test_importance_is_known_to_the_mixes_that_ask_for_it() -> None:
     assert "needs an importance matrix" in refused("q2_k_s", architecture, importance=False)
 
 
+# ---- overrides of one grid
+
+
+def uniform(architecture: Architecture, *overrides: tuple[str, str], scheme: str = "w4g32") -> dict[str, str]:
+    """Weight name -> grid or "float" of every matrix that an override changed."""
+    found = assigned(scheme, architecture, overrides=overrides)
+    kinds = {name: reason.split(" ")[0] for name, (_, reason) in found.grids.items()} | dict.fromkeys(
+        found.floats, "float"
+    )
+    return {name: kind for name, kind in kinds.items() if kind != "scheme"}
+
+
+DOWN = {f"model.layers.{index}.mlp.down_proj.weight" for index in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("ffn_down", DOWN),
+        ("down_proj", DOWN),
+        ("DOWN_PROJ", DOWN),
+        (r"blk\.3\.ffn_(down|up)", {"model.layers.3.mlp.down_proj.weight", "model.layers.3.mlp.up_proj.weight"}),
+        (r"layers\.3\.mlp\.[du]", {"model.layers.3.mlp.down_proj.weight", "model.layers.3.mlp.up_proj.weight"}),
+        (r"layers\.\d\.self_attn\.v_proj", {f"model.layers.{index}.self_attn.v_proj.weight" for index in range(8)}),
+        ("lm_head", {HEAD}),
+        ("^output", {HEAD}),
+        ("embed_tokens", {EMBEDDING}),
+        ("token_embd", {EMBEDDING}),
+        ("output", {HEAD, *(f"model.layers.{index}.self_attn.o_proj.weight" for index in range(8))}),
+        ("embed|head", {EMBEDDING, HEAD}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["w8g32", "float"])
+def test_a_pattern_is_searched_in_both_names(pattern: str, named: set[str], kind: str) -> None:
+    """As llama-quantize searches in its own: `output` is in `attn_output` too."""
+    assert uniform(architecture_of("llama-untied"), (pattern, kind)) == dict.fromkeys(named, kind)
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "^output", "embed_tokens", "token_embd"])
+def test_either_name_of_a_tied_table_names_it(pattern: str) -> None:
+    found = assigned("w4g32", architecture_of("llama"), overrides=[(pattern, "w8g32")])
+    grid, reason = found.grids[EMBEDDING]
+    assert grid == grid_for("w8g32")
+    assert reason == f"w8g32 (--tensor-type {pattern}=w8g32); tied: one table for embedding and head"
+    assert HEAD not in found.grids
+
+
+@pytest.mark.parametrize("kind", ["float", "f16", "BF16", "f32"])
+def test_floats_are_kept_with_their_reason(kind: str, tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "model", "llama-untied")
+    plan = prepare(model, "w4g32", None, tensor_types=[f"down_proj={kind}", "lm_head=w8g32"]).plan
+    reasons = {kept.name: kept.reason for kept in plan.kept()}
+    assert reasons[f"{BLOCK_1}mlp.down_proj.weight"] == f"--tensor-type down_proj={kind}; kept in its own precision"
+    assert reasons[EMBEDDING] == "embedding and head keep their precision unless --tensor-type names them"
+    assert [layer.name for layer in plan.outer_layers] == [HEAD]
+    assert sorted([*reasons, *(layer.name for layer in plan.layers())]) == sorted(SourceCheckpoint(model).tensors)
+
+
+def test_the_first_override_that_matches_wins() -> None:
+    architecture = architecture_of("llama")
+    found = uniform(architecture, (r"blk\.1\.", "float"), ("ffn_down", "q8_0"), (r"layers\.[12]\.mlp", "w4g64-asym"))
+    assert {kind for name, kind in found.items() if name.startswith(BLOCK_1)} == {"float"}
+    assert found["model.layers.2.mlp.down_proj.weight"] == "q8_0"
+    assert found["model.layers.2.mlp.up_proj.weight"] == "w4g64-asym"
+    assert len(found) == 7 + 7 + 2
+
+
+def test_an_override_keeps_the_zero_floor_of_the_formats() -> None:
+    found = assigned("w4g32", architecture_of("llama"), 1, overrides=[("down_proj", "w4g32-asym")])
+    grid, reason = found.grids[f"{BLOCK_1}mlp.down_proj.weight"]
+    assert grid == grid_for("w4g32-asym", 1)
+    assert reason == "w4g32-asym (--tensor-type down_proj=w4g32-asym), zero point >= 1 for GPTQ"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_overridden(family: str) -> None:
+    architecture = architecture_of(family)
+    for name in roles_of(architecture):
+        assert name in uniform(architecture, (f"^{name.replace('.', '[.]')}$", "w2g64"), scheme="w8g32")
+
+
+def test_experts_of_a_block_share_a_grid_in_gguf(tmp_path: Path) -> None:
+    model = write_small_model(tmp_path / "model", "qwen3-moe")
+    assert prepare(model, "w4g32", None, ["gguf"], tensor_types=["ffn_down_exps=w8g32"])
+    for kind in ("w8g32", "float"):
+        with pytest.raises(RefusedError, match=r"in blk\.0\.ffn_up_exps\.weight have different grids"):
+            prepare(model, "w4g32", None, ["gguf"], tensor_types=[rf"experts\.3\.up={kind}"])
+
+
 # ---- names that are a grid and a file type
 
 
@@ -271,11 +360,28 @@ def test_an_unknown_scheme_names_grids_file_types_presets_and_the_nearest(scheme
     assert "`signround schemes` lists them all" in sentence
 
 
-def test_overrides_of_one_grid_are_refused() -> None:
-    for scheme, mixes in (("w4g32", True), ("q4_0", False)):
-        sentence = refused(scheme, architecture_of("llama"), mixes=mixes, overrides=[("ffn_down", "q6_k")])
-        assert f"does not apply to {scheme}, which is one grid" in sentence
-        assert "q4_k_m" in sentence
+def test_bad_overrides_of_one_grid_are_refused_together() -> None:
+    overrides = [
+        ("lm_head", "w5g32"),
+        ("lm_haed", "w8g32"),
+        ("(", "w8g32"),
+        ("blk\\.8\\.", "float"),
+        ("lm_head", "Q8_0"),
+    ]
+    sentence = refused("w4g32", architecture_of("llama"), overrides=overrides)
+    assert len(sentence.splitlines()) == 4
+    assert "--tensor-type lm_head=w5g32: type 'w5g32' is not known" in sentence
+    assert "w{2,3,4,8}g{16,32,64,128,256,c}[-asym]" in sentence
+    assert "--tensor-type lm_haed=w8g32: the pattern matches no matrix of this model" in sentence
+    assert "it has token_embd, attn_q, attn_k, attn_v" in sentence
+    assert "or embed_tokens, q_proj, k_proj" in sentence
+    assert "--tensor-type (=w8g32: the pattern is no regular expression" in sentence
+    assert "--tensor-type blk\\.8\\.=float: the pattern matches no matrix" in sentence
+
+
+def test_something_must_be_left_for_the_scheme() -> None:
+    sentence = refused("w4g32", architecture_of("llama-untied"), overrides=[(".", "f16")])
+    assert "every matrix is kept in its own precision" in sentence
 
 
 def test_bad_overrides_are_refused_together() -> None:

@@ -223,6 +223,10 @@ def test_the_verdict_needs_everything() -> None:
     for verdict in (Parity(bad, passed, passed), Parity(good, failed, passed), Parity(good, passed, failed)):
         assert not verdict.passed
     assert Parity(good, failed, passed).only_activations_failed
+    far = replace(passed, score=replace(figures, mean_kl=1e-3), aim=Gate(mean_kl=5e-4))
+    assert Parity(good, far, passed).passed
+    assert Parity(good, far, passed).only_activations_failed
+    assert not Parity(good, replace(far, aim=Gate(mean_kl=2e-3)), passed).only_activations_failed
     for verdict in (Parity(bad, failed, passed), Parity(good, failed, failed), Parity(good, failed, None)):
         assert not verdict.only_activations_failed
 

@@ -117,13 +117,13 @@ def test_what_is_not_exported_is_not_verified(rounded_artifact: QuantizedCheckpo
 # ---- a runtime that misses its gate
 
 
-def verdicts(*passes: bool, exact: bool = True) -> Callable[..., Parity]:
-    """In place of `verify`: shipped logits pass or fail, call by call."""
+def verdicts(*passes: bool, exact: bool = True, aim: Gate | None = None) -> Callable[..., Parity]:
+    """In place of `verify`: shipped logits pass or fail, call by call; a mean KL of 1e-2 is what was measured."""
     remaining = iter(passes)
 
     def verify(*arguments: object) -> Parity:
         figures = Score(10.0, 9, 10, 1e-2, 0.9, 1.0, 0.1, 10.0)
-        run = LogitParity("runtime", 10, figures, 10.0, Gate(mean_kl=5e-4), next(remaining))
+        run = LogitParity("runtime", 10, figures, 10.0, Gate(mean_kl=5e-4), next(remaining), aim=aim)
         return Parity(WeightParity("independent", 1, 1, 0.0, (), ()), run, replace(run, passed=exact))
 
     return verify
@@ -151,6 +151,33 @@ def test_a_coarse_runtime_gets_a_more_exact_file(
     assert report["exports"]["onnx"]["passed"]
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert sum("writing it again" in notice for notice in notices) == len(levels) - 1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides", "levels"),
+    [
+        ("w2g64", [], [4]),
+        ("w8g32", [], [4]),
+        ("w2g64", ["o_proj=w4g32"], [4, 0]),
+        ("w4g32", ["lm_head=w8g32"], [4, 4, 0]),
+    ],
+)
+def test_products_of_2_and_8_bits_stay_fast(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, overrides: list[str],
+    levels: list[int],
+) -> None:  # fmt: skip
+    """What is aimed at is missed again and again; the last form is shipped, and that is told."""
+    events: list[Event] = []
+    monkeypatch.setattr(pipeline, "verify_files", verdicts(*[True] * len(levels), aim=Gate(mean_kl=5e-4)))
+    report = signround.quantize(
+        llama_folder, scheme, tmp_path / "out", ["onnx"], **RTN, tensor_types=overrides, on_event=events.append
+    )
+    assert report["exports"]["onnx"]["passed"]
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    again = [notice for notice in notices if "writing it again as" in notice]
+    assert [4, *(0 if "accuracy_level=0" in notice else 4 for notice in again)] == levels
+    assert all("keep_fast=True" in notice for notice in again if "accuracy_level=0" in notice)
+    assert sum("(mean KL 1.0e-02, 5e-04 is wanted); it stays" in notice for notice in notices) == 1
 
 
 def test_a_wrong_file_is_not_written_again(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,10 +94,11 @@ class FromPlan:
 
 def _stack_refusals(plan: ModelPlan) -> list[Refusal]:
     """The experts of a block are one tensor, and a tensor has one type."""
-    grids: dict[str, set[Grid]] = {}
-    for layer in plan.layers():
-        if is_expert(layer.name):
-            grids.setdefault(gguf_name(layer.name), set()).add(layer.grid)
+    grids: dict[str, set[Grid | None]] = {}
+    grid_of: list[tuple[str, Grid | None]] = [(layer.name, layer.grid) for layer in plan.layers()]
+    for name, grid in [*grid_of, *((kept.name, None) for kept in plan.kept())]:
+        if is_expert(name):
+            grids.setdefault(gguf_name(name), set()).add(grid)
     mixed = [name for name, found in grids.items() if len(found) > 1]
     if not mixed:
         return []

@@ -36,8 +36,16 @@ def refusals(plan: ModelPlan, checkpoint_format: str) -> list[Refusal]:
     layers = list(plan.layers())
     found = []
     if plan.outer_layers:
-        problem = f"{plan.outer_layers[0].name} is quantised, which GPTQ loaders do not read"
-        found.append(Refusal(problem, "choose a scheme that is one grid, such as w4g32, or export to gguf", SUBJECT))
+        names = [layer.name for layer in plan.outer_layers]
+        verb = "is" if len(names) == 1 else "are"
+        problem = f"{' and '.join(names)} {verb} quantised, which GPTQ loaders do not read"
+        next_step = "choose a scheme that is one grid, such as w4g32, without --tensor-type for it, or export to gguf"
+        found.append(Refusal(problem, next_step, SUBJECT))
+    linears = {name for block in plan.blocks for name in plan.architecture.block_linears(block.index)}
+    floats = [kept.name for block in plan.blocks for kept in block.kept if kept.name in linears]
+    if floats:
+        problem = f"loaders take every linear of the blocks for quantised, and {_listed(floats)} is kept"
+        found.append(Refusal(problem, "leave out --tensor-type for it, or leave out --to gptq", SUBJECT))
     for wrong, problem, next_step in _RULES:
         names = [layer.name for layer in layers if wrong(layer)]
         if names:
@@ -46,8 +54,8 @@ def refusals(plan: ModelPlan, checkpoint_format: str) -> list[Refusal]:
         found.append(
             Refusal(
                 "one file has one grid for all linears (transformers with optimum ignores overrides without a word), "
-                "the plan has several",
-                "choose a scheme with a single grid, or leave out --to gptq",
+                f"the plan has several; {_listed(_others(layers))} differs from {layers[0].name}",
+                "choose a scheme with a single grid and no --tensor-type, or leave out --to gptq",
                 SUBJECT,
             )
         )
@@ -130,6 +138,11 @@ def _group_notes(grid: Grid, layers: Sequence[LayerPlan]) -> list[str]:
     if any(layer.columns % 128 or layer.rows % 64 for layer in layers):
         found.append("gptq: vLLM's Marlin kernels need inputs in multiples of 128 and outputs in multiples of 64")
     return found
+
+
+def _others(layers: Sequence[LayerPlan]) -> list[str]:
+    """Those whose grid is not that of the first."""
+    return [layer.name for layer in layers if layer.grid != layers[0].grid]
 
 
 def _listed(names: Sequence[str]) -> str:

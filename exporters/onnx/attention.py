@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from exporters.onnx.flavour import DecoderInputs
-from exporters.onnx.linear import can_fuse
 from exporters.onnx.parts import DecoderParts
 
 if TYPE_CHECKING:
@@ -31,16 +30,15 @@ def self_attention(
 
 
 def _projections(parts: DecoderParts, prefix: str, normed: ir.Value) -> list[ir.Value | None]:
-    """q, k and v; in one node where the checkpoint has one, or their layouts agree and no norm follows."""
+    """q, k and v; in one node where the checkpoint has one, or their layouts agree."""
     architecture = parts.architecture
-    if f"{prefix}{PACKED}.weight" in parts.layers:
+    if parts.has(prefix, PACKED):
         return [parts.linear(prefix, PACKED, normed), None, None]
     names = [f"self_attn.{part}_proj" for part in "qkv"]
-    layers = [parts.layers[f"{prefix}{name}.weight"] for name in names]
-    biases = [architecture.has_bias(name) for name in names]
+    layers = parts.together(prefix, names)
     widths = {norm.name: norm.width for norm in architecture.family.norms}
-    if can_fuse(layers, biases):
-        packed = parts.linears.add(f"{prefix}{PACKED}", normed, layers, biases[0])
+    if layers is not None:
+        packed = parts.linears.add(f"{prefix}{PACKED}", normed, layers, architecture.has_bias(names[0]))
         if not architecture.family.qk_norm:
             return [packed, None, None]
         query, key, value = _apart(parts, prefix, packed)

@@ -7,6 +7,7 @@ It knows nothing of language models, and refuses (ValueError) to give two consta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,16 +19,31 @@ if TYPE_CHECKING:
     Attribute = int | float | str | Sequence[int]
 
 MICROSOFT = "com.microsoft"
+ATTRIBUTE_BYTES, METADATA_BYTES, CONSTANT_BYTES = 11, 9, 98  # around their texts, in protobuf
+
+
+@dataclass(frozen=True)
+class View:
+    """A constant that is the bytes of another one, `of`, in another shape; it takes no room in the file."""
+
+    value: ir.Value
+    of: ir.Value
 
 
 class GraphBuilder:
-    """Collects inputs, outputs, nodes and constants; `model` puts them together."""
+    """Collects inputs, outputs, nodes and constants; `model` puts them together. `views` become constants when the file
+    is written (`saving.py`): only then it is known where the bytes lie. `float_type` is what the graph computes in: of
+    its activations, and of the constants that meet them."""
 
-    def __init__(self) -> None:
+    def __init__(self, float_type: ir.DataType | None = None) -> None:
+        import onnx_ir as ir
+
+        self.float_type = ir.DataType.FLOAT if float_type is None else float_type
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.constants: dict[str, ir.Value] = {}
+        self.views: list[View] = []
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """A graph input; strings are symbolic dimensions."""
@@ -53,8 +69,8 @@ class GraphBuilder:
         return self.constants[name]
 
     def number(self, value: float) -> ir.Value:
-        """A float32 scalar; equal numbers are one constant."""
-        return self.constant(f"constant.{value!r}", np.array(value, np.float32))
+        """A scalar of `float_type`; equal numbers are one constant."""
+        return self.constant(f"constant.{value!r}", np.array(value, self.float_type.numpy()))
 
     def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], NDArray[Any]]) -> ir.Value:
         """A constant whose array is asked for only while the file is written, and forgotten afterwards."""
@@ -72,6 +88,15 @@ class GraphBuilder:
         value = _value(name, dtype, shape)
         value.const_value = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
         self.constants[name] = value
+        return value
+
+    def view(self, name: str, of: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """The constant `of` in another shape of as many elements: a second name for the same bytes of the file."""
+        import onnx_ir as ir
+
+        assert of.const_value is not None
+        value = ir.Value(name=name, type=ir.TensorType(of.const_value.dtype), shape=ir.Shape(shape))
+        self.views.append(View(value, of))
         return value
 
     def op(
@@ -102,17 +127,29 @@ class GraphBuilder:
         self.nodes.append(node)
         return [value for index, value in enumerate(values) if index not in unused]
 
+    def graph_bytes(self) -> int:
+        """About what nodes and names take in the file: protobuf spends two or three bytes around each text."""
+        nodes = sum(
+            sum(len(text or "") + 3 for text in (node.name, node.op_type, node.domain))
+            + sum(len(value.name or "") + 2 for value in [*node.inputs, *node.outputs] if value is not None)
+            + sum(len(key) + ATTRIBUTE_BYTES for key in node.attributes)
+            + sum(len(key) + len(value) + METADATA_BYTES for key, value in node.metadata_props.items())
+            for node in self.nodes
+        )
+        return nodes + sum(len(name) + CONSTANT_BYTES for name in self.constants)
+
     def model(self, name: str, opset: int, ir_version: int, producer: str, version: str) -> ir.Model:
         """The finished model. Constants of odd byte length come last, so that all floats lie on 4-byte offsets."""
         import onnx_ir as ir
 
         constants = sorted(self.constants.values(), key=_byte_count_is_odd)
+        domains = {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self.nodes) else {}
         graph = ir.Graph(
             self.inputs,
             self.outputs,
             nodes=self.nodes,
             initializers=constants,
-            opset_imports={"": opset, MICROSOFT: 1},
+            opset_imports={"": opset, **domains},
             name=name,
         )
         return ir.Model(graph, ir_version=ir_version, producer_name=producer, producer_version=version)

@@ -16,7 +16,8 @@ from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.elementwise import capped, scaled
 from exporters.onnx.feed_forward import feed_forward
 from exporters.onnx.flavour import DecoderInputs
-from exporters.onnx.linear import Accuracy
+from exporters.onnx.form import GraphForm
+from exporters.onnx.mixture import mixture_of_experts
 from exporters.onnx.parts import DecoderParts
 from exporters.onnx.tensors import TensorSource
 from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def build_decoder(plan: ModelPlan, source: TensorSource, accuracy: Accuracy) -> GraphBuilder:
+def build_decoder(plan: ModelPlan, source: TensorSource, form: GraphForm) -> GraphBuilder:
     """The whole graph, its tensors lazy."""
-    return _Decoder(DecoderParts(plan, source, accuracy)).build()
+    return _Decoder(DecoderParts(plan, source, form)).build()
 
 
 class _Decoder:
@@ -55,19 +56,37 @@ class _Decoder:
         self.builder.output(self._logits(hidden), "logits", ir.DataType.FLOAT, shape)
         for index, present in enumerate(presents):
             name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
-            self.builder.output(present, name, ir.DataType.FLOAT, self._cache_shape("total_sequence_length"))
+            self.builder.output(present, name, self.builder.float_type, self._cache_shape("total_sequence_length"))
         return self.builder
 
     def _embedded(self, ids: ir.Value) -> ir.Value:
-        rows = self.parts.tables.gather("embedding", self.parts.kept[EMBEDDING], ids)
+        if EMBEDDING in self.parts.layers:
+            layer = self.parts.layers[EMBEDDING]
+            rows = self.parts.packer.gather("embedding", layer, ids, shared=self.architecture.tied)
+        else:
+            rows = self.parts.tables.gather("embedding", self.parts.kept[EMBEDDING], ids)
         return scaled(self.builder, "embedding.scaled", rows, self.architecture.scales.embedding)
 
     def _logits(self, hidden: ir.Value) -> ir.Value:
-        scales, table = self.architecture.scales, self.parts.kept[EMBEDDING if self.architecture.tied else HEAD]
-        raw = self.parts.tables.product("head", hidden, table)
-        return capped(
-            self.builder, "head.capped", scaled(self.builder, "head.scaled", raw, 1 / scales.logits), scales.logits_cap
-        )
+        scales, name = self.architecture.scales, EMBEDDING if self.architecture.tied else HEAD
+        small = scaled(self.builder, "head.scaled", self._product(hidden, name), 1 / scales.logits)
+        return self._as_float32("head.float", capped(self.builder, "head.capped", small, scales.logits_cap))
+
+    def _product(self, hidden: ir.Value, name: str) -> ir.Value:
+        if name not in self.parts.layers:
+            return self.parts.tables.product("head", hidden, self.parts.kept[name])
+        layers = [self.parts.layers[name]]
+        if self.architecture.tied:  # one table for both
+            return self.parts.packer.add("head", hidden, layers, False, constants="embedding")
+        return self.parts.linears.add("head", hidden, layers, False)
+
+    def _as_float32(self, name: str, value: ir.Value) -> ir.Value:
+        """Logits are float32 whatever the graph computes in: a Float32Array in a browser, numpy's default elsewhere."""
+        import onnx_ir as ir
+
+        if self.builder.float_type == ir.DataType.FLOAT:
+            return value
+        return self.builder.op("Cast", name, [value], attributes={"to": int(ir.DataType.FLOAT)})[0]
 
     def _block(
         self,
@@ -85,7 +104,11 @@ class _Decoder:
         presents += present
         attended = self._leave(f"{prefix}attention", attended, prefix, after_attention)
         normed, residual = self._enter(f"{prefix}feed_forward_norm", residual, attended, prefix, before_feed_forward)
-        fed = feed_forward(self.parts, prefix, normed)
+        mixture = self.architecture.mixture
+        if mixture is None:
+            fed = feed_forward(self.parts, prefix, normed)
+        else:
+            fed = mixture_of_experts(self.parts, mixture, index, prefix, normed)
         return residual, self._leave(f"{prefix}feed_forward", fed, prefix, after_feed_forward)
 
     def _enter(
@@ -107,12 +130,8 @@ class _Decoder:
         return scaled(self.builder, f"{name}.scaled", value, self.architecture.scales.residual)
 
     def _past(self, index: int) -> tuple[ir.Value, ir.Value]:
-        import onnx_ir as ir
-
-        shape = self._cache_shape("past_sequence_length")
-        key, value = (
-            self.builder.input(f"past_key_values.{index}.{part}", ir.DataType.FLOAT, shape) for part in ("key", "value")
-        )
+        shape, dtype = self._cache_shape("past_sequence_length"), self.builder.float_type
+        key, value = (self.builder.input(f"past_key_values.{index}.{part}", dtype, shape) for part in ("key", "value"))
         return key, value
 
     def _cache_shape(self, length: str) -> list[int | str]:

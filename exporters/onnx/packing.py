@@ -58,6 +58,11 @@ class Layout:
         return self.rows, self.blocks, self.block * self.bits // 8
 
     @property
+    def flat_shape(self) -> tuple[int, int]:
+        """The codes of a table that rows are gathered from."""
+        return self.rows, self.blocks * self.block * self.bits // 8
+
+    @property
     def scales_shape(self) -> tuple[int, int]:
         return self.rows, self.blocks
 
@@ -73,6 +78,9 @@ class Packed:
     codes: Bytes
     scales: Floats
     zero_points: Bytes | None
+
+    def arrays(self) -> list[Bytes | Floats]:
+        return [self.codes, self.scales, *([] if self.zero_points is None else [self.zero_points])]
 
 
 def refusal_of(grid: Grid) -> Refusal | None:
@@ -107,16 +115,23 @@ def block_of(grid: Grid, columns: int) -> int:
     return grid.group
 
 
-def layout_of(grid: Grid, rows: int, columns: int) -> Layout:
-    """The layout of a weight [rows, columns] of a grid that `refusal_of` lets pass."""
-    return Layout(rows, columns, CONTAINER[grid.bits], block_of(grid, columns), grid.zero == "point")
+def has_float_kernel(grid: Grid) -> bool:
+    """Whether onnxruntime multiplies float activations with the codes as they lie; 2 and 8 bits it decodes first, on
+    every call."""
+    return CONTAINER[grid.bits] == 4
 
 
-def pack(tensor: QuantizedTensor) -> Packed:
-    """Lay out one weight. The padding of a ragged last block holds its zero point: whatever a kernel does with it, it
-    decodes to 0."""
+def layout_of(grid: Grid, rows: int, columns: int, block: int | None = None) -> Layout:
+    """The layout of a weight [rows, columns] of a grid that `refusal_of` lets pass; `block` None takes `block_of`'s,
+    any other must divide the groups."""
+    return Layout(rows, columns, CONTAINER[grid.bits], block or block_of(grid, columns), grid.zero == "point")
+
+
+def pack(tensor: QuantizedTensor, block: int | None = None) -> Packed:
+    """Lay out one weight, `block` as in `layout_of`. The padding of a ragged last block holds its zero point: whatever
+    a kernel does with it, it decodes to 0."""
     grid = tensor.grid
-    layout = layout_of(grid, *tensor.shape)
+    layout = layout_of(grid, *tensor.shape, block)
     stored_zero = 2 ** (layout.bits - 1)
     codes = tensor.codes.numpy() + np.uint8(_shift(grid))
     zeros = None
@@ -133,10 +148,16 @@ def pack(tensor: QuantizedTensor) -> Packed:
     )
 
 
-def unpack(packed: Packed, grid: Grid, columns: int) -> QuantizedTensor:
+def empty(layout: Layout) -> Packed:
+    """Arrays of this layout, to be filled."""
+    zeros = np.empty(layout.zero_points_shape, np.uint8) if layout.has_zero_points else None
+    return Packed(np.empty(layout.codes_shape, np.uint8), np.empty(layout.scales_shape, np.float32), zeros)
+
+
+def unpack(packed: Packed, grid: Grid, columns: int, block: int | None = None) -> QuantizedTensor:
     """The inverse of `pack`. Raises FailedError when the arrays do not hold a weight of this grid."""
     rows = packed.codes.shape[0]
-    layout = layout_of(grid, rows, columns)
+    layout = layout_of(grid, rows, columns, block)
     if (packed.codes.shape, packed.scales.shape) != (layout.codes_shape, layout.scales_shape):
         raise FailedError(
             f"MatMulNBits inputs of shapes {packed.codes.shape} and {packed.scales.shape} do not hold a [{rows}, "

@@ -14,22 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.onnx.linear import GRID_KEY, WEIGHTS_KEY, bias_name
-from exporters.onnx.packing import Packed, split, unpack
+from exporters.onnx.dequantize import NODE_SUFFIX, Columns, decoded_weight, from_columns, is_weight
+from exporters.onnx.expert_reader import expert_products, read_experts
+from exporters.onnx.experts import OPERATOR as EXPERTS
+from exporters.onnx.linear import COLUMNS_KEY, GRID_KEY, WEIGHTS_KEY, bias_name
+from exporters.onnx.packing import Packed, layout_of, split, unpack
 from signround.errors import FailedError, RefusedError, refuse
 from signround.exporting import missing_packages
 from signround.grid import Grid
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.onnx_files import find_graph
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-GRAPH = "model.onnx"
-DATA = "model.onnx.data"
-KEPT_SUFFIX = ".weight"  # kept tensors keep their checkpoint name; what belongs to a MatMulNBits node does not end so
+SCHEME_KEY = "signround.scheme"  # model metadata: what tells our graphs from others
 ADDED_KEY = "signround.added_to_norms"  # model metadata: what the file adds to the weight of every norm
+DTYPE_KEY = "signround.dtype"  # model metadata: what the graph computes in; absent in files of earlier versions
+LEVEL_KEY = "signround.accuracy_level"  # model metadata: the level that was asked for
+KEPT_SUFFIXES = (".weight", ".bias")  # kept tensors keep their checkpoint name
+PRODUCT, GATHER = "MatMulNBits", "GatherBlockQuantized"
+PLACES = {PRODUCT: (1, 2, 3), GATHER: (0, 2, 3)}  # which inputs are codes, scales, zero points
+DEQUANTIZE_PLACES = (0, 1, 2)
+GATHERED_WEIGHTS = 1 << 24  # of an embedding that are looked up at once
 DECODED_COLUMNS = 256  # inputs decoded at once: bounds the identity matrix and the time, which grows with its square
 
 
@@ -39,22 +48,25 @@ def _need(*modules: str) -> None:
         raise RefusedError(refusals)
 
 
-def load_graph(folder: Path) -> ir.Model:
-    """The graph of an exported folder; its tensors stay on disk. Raises RefusedError when the folder is not ours."""
+def load_any(folder: Path) -> ir.Model:
+    """The graph of a folder, whoever wrote it; its tensors stay on disk. Raises RefusedError when there is none."""
     _need("onnx_ir")
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
-    path = folder / GRAPH
-    if not path.is_file():
-        raise refuse(f"the folder has no {GRAPH}", "give a folder that `--to onnx` wrote", str(folder))
+    path = find_graph(folder)
     try:
-        model = ir.load(path)
+        return ir.load(path)
     except (DecodeError, ValueError, OSError) as error:
-        raise refuse(f"{GRAPH} is damaged", "export the artifact again", str(folder)) from error
-    if "signround.scheme" not in model.metadata_props:
+        raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
+
+
+def load_graph(folder: Path) -> ir.Model:
+    """The graph of an exported folder. Raises RefusedError when the folder is not ours."""
+    model = load_any(folder)
+    if SCHEME_KEY not in model.metadata_props:
         raise refuse(
-            f"{GRAPH} was not written by signround (its metadata is missing)",
+            f"{find_graph(folder).name} was not written by signround (its metadata is missing)",
             "give a folder that `--to onnx` wrote",
             str(folder),
         )
@@ -66,61 +78,116 @@ def added_to(model: ir.Model) -> dict[str, float]:
     if ADDED_KEY not in model.metadata_props:
         return {}
     added = float(model.metadata_props[ADDED_KEY])
-    return {name: added for name in model.graph.initializers if name and name.endswith(f"norm{KEPT_SUFFIX}")}
+    return {name: added for name in model.graph.initializers if name and name.endswith("norm.weight")}
 
 
 def read_quantized(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
-    """(weight name, integers and fields) of every linear, fused nodes taken apart."""
+    """(weight name, integers and fields) of every linear, fused nodes taken apart, and of a quantised embedding, once
+    where it is the head too."""
+    seen: set[str] = set()
     for node in load_graph(folder).graph:
-        if node.op_type != "MatMulNBits":
+        if node.op_type == EXPERTS:
+            yield from read_experts(node, _array)
+        if node.op_type not in (PRODUCT, GATHER) and not is_weight(node):
             continue
         weights = json.loads(node.metadata_props[WEIGHTS_KEY])
+        if all(name in seen for name, _ in weights):
+            continue
+        seen |= {name for name, _ in weights}
         grid = Grid.from_json(json.loads(node.metadata_props[GRID_KEY]))
-        inputs = [*node.inputs, None][:4]
-        codes, scales, zeros = (None if value is None else _array(value) for value in inputs[1:])
-        if codes is None or scales is None:
-            raise FailedError(f"{folder}: node {node.name} has no weight; export the artifact again.")
-        packed = split(Packed(codes, scales, zeros), [rows for _, rows in weights])
-        for (name, _), part in zip(weights, packed, strict=True):
-            yield name, unpack(part, grid, node.attributes["K"].as_int())
+        packed, columns = _packed(node, grid, sum(rows for _, rows in weights))
+        for (name, _), part in zip(weights, split(packed, [rows for _, rows in weights]), strict=True):
+            yield name, unpack(part, grid, columns)
 
 
-def _array(value: ir.Value) -> NDArray[Any]:
+def _packed(node: ir.Node, grid: Grid, rows: int) -> tuple[Packed, int]:
+    """What a node holds in MatMulNBits' layout, and how many inputs it has."""
+    inputs = [*node.inputs, None, None][:4]
+    places = DEQUANTIZE_PLACES if is_weight(node) else PLACES[node.op_type]
+    codes, scales, zeros = (None if inputs[place] is None else _array(inputs[place]) for place in places)
+    if codes is None or scales is None:
+        raise FailedError(f"node {node.name} has no weight; export the artifact again.")
+    scales = scales.astype(np.float32)
+    if is_weight(node):
+        columns = codes.shape[0]
+        return from_columns(Columns(codes, scales, zeros), layout_of(grid, rows, columns)), columns
+    columns = node.attributes["K"].as_int() if node.op_type == PRODUCT else int(node.metadata_props[COLUMNS_KEY])
+    return Packed(codes.reshape(*scales.shape, -1), scales, zeros), columns
+
+
+def _array(value: ir.Value | None) -> NDArray[Any]:
     """A copy; onnx_ir maps the whole data file for each tensor, and would keep it mapped while the graph lives."""
     import onnx_ir as ir
 
+    assert value is not None
     tensor = value.const_value
     assert tensor is not None
     array = tensor.numpy().copy()
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
-    return array
+    # ml_dtypes' integers of 2 and 4 bits become those of 8 that hold one of them a byte
+    return array.astype(_BYTES[tensor.dtype.name]) if tensor.dtype.name in _BYTES else array
+
+
+_BYTES = {"INT2": np.int8, "INT4": np.int8, "UINT2": np.uint8, "UINT4": np.uint8}
 
 
 def decode_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, float32) of every tensor: linears as onnxruntime's MatMulNBits decodes them, the others as the
-    onnx package reads them. Shares no code with the packer."""
+    """(checkpoint name, float32) of every tensor: linears as onnxruntime decodes them, a quantised embedding as its
+    GatherBlockQuantized does, the others as the onnx package reads them. Where the embedding is the head too, both are
+    decoded; it comes twice when they differ. Shares no code with the packer."""
     _need("onnx", "onnxruntime")
     import onnx
 
     load_graph(folder)
-    model = onnx.load(str(folder / GRAPH), load_external_data=False)
+    graph = find_graph(folder)
+    model, folder = onnx.load(str(graph), load_external_data=False), graph.parent
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    biases = _biases(model)
     for name, tensor in constants.items():
-        if name.endswith(KEPT_SUFFIX):
+        if name.endswith(KEPT_SUFFIXES) and name not in biases.values():
             yield name, torch.from_numpy(_read(tensor, folder).astype(np.float32))
+    tables = {_weights_of(node)[0][0]: node for node in model.graph.node if node.op_type == GATHER}
+    for name, node in tables.items():
+        yield name, torch.cat([rows for _, rows in _gathered(node, constants, folder)])
     for node in model.graph.node:
-        if node.op_type != "MatMulNBits":
+        if node.op_type == EXPERTS:
+            for names, product, parts in expert_products(node, lambda name: _read(constants[name], folder)):
+                decoded = _decoded(product, parts, folder)
+                yield from ((name, decoded[place :: len(names)].clone()) for place, name in enumerate(names))
+        if node.op_type != PRODUCT and not is_weight(node):
             continue
-        weight = _decoded(node, constants, folder)
-        bias = _read(constants[node.input[5]], folder) if len(node.input) > 5 else None
-        properties = {entry.key: entry.value for entry in node.metadata_props}
+        weights = _weights_of(node)
+        if is_weight(node):
+            weight = decoded_weight(node, [_read(constants[name], folder) for name in node.input])
+        else:
+            weight = _decoded(node, constants, folder)
+        table = tables.get(weights[0][0])
+        if table and all(torch.equal(weight[part], rows) for part, rows in _gathered(table, constants, folder)):
+            continue
+        bias = _read(constants[biases[node.name]], folder).astype(np.float32) if node.name in biases else None
         end = 0
-        for name, rows in json.loads(properties[WEIGHTS_KEY]):
+        for name, rows in weights:
             start, end = end, end + rows
             yield name, weight[start:end].clone()
             if bias is not None:
                 yield bias_name(name), torch.from_numpy(bias[start:end].copy())
+
+
+def _biases(model: onnx.ModelProto) -> dict[str, str]:
+    """Node that holds weights -> the constant that is their bias."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = {node.name: node.input[5] for node in model.graph.node if node.op_type == PRODUCT and len(node.input) > 5}
+    standard = {
+        node.name: node.name.removesuffix(NODE_SUFFIX) + ".bias" for node in model.graph.node if is_weight(node)
+    }
+    return found | {node: bias for node, bias in standard.items() if bias in constants}
+
+
+def _weights_of(node: onnx.NodeProto) -> list[tuple[str, int]]:
+    """Names and rows of the weights in a node of ours."""
+    properties = {entry.key: entry.value for entry in node.metadata_props}
+    return [(name, rows) for name, rows in json.loads(properties[WEIGHTS_KEY])]
 
 
 def _read(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
@@ -143,6 +210,7 @@ def _decoded(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folde
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     block, columns, bits = attributes["block_size"], attributes["K"], attributes["bits"]
     codes, scales, *zeros = (_read(constants[name], folder) for name in node.input[1:4] if name)
+    scales = scales.astype(np.float32)  # those of an fp16 graph: the product would be rounded
     step = max(8 // bits, DECODED_COLUMNS // block)
     step += -step % (8 // bits)
     weight = torch.empty(attributes["N"], columns)
@@ -158,22 +226,47 @@ def _decoded(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folde
 
 def _identity_product(constant_inputs: list[NDArray[Any]], attributes: dict[str, int]) -> Tensor:
     """float32 [N, K]: what MatMulNBits with these constants multiplies by."""
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    codes, *others = constant_inputs
+    identity = np.eye(attributes["K"], dtype=np.float32)
+    return _result(PRODUCT, [identity, codes, *others], 0, attributes | {"accuracy_level": 0}).T
 
-    names = ["codes", "scales", "zero_points"][: len(constant_inputs)]
-    node = helper.make_node(
-        "MatMulNBits", ["value", *names], ["product"], domain="com.microsoft", **(attributes | {"accuracy_level": 0})
-    )
-    columns, rows = attributes["K"], attributes["N"]
+
+def _gathered(
+    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folder: Path
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, float32 [rows, columns]): every row that the node can give, looked up in slices of its table."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    properties = {entry.key: entry.value for entry in node.metadata_props}
+    codes, scales, *zeros = (_read(constants[name], folder) for name in [node.input[0], *node.input[2:]])
+    scales = scales.astype(np.float32)
+    rows, columns = codes.shape[0], int(properties[COLUMNS_KEY])
+    step = max(1, GATHERED_WEIGHTS // columns)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        ids = np.arange(part.stop - start, dtype=np.int64)
+        inputs = [codes[part], ids, scales[part], *(array[part] for array in zeros)]
+        yield part, _result(GATHER, inputs, 1, attributes)[:, :columns]
+
+
+def _result(kind: str, inputs: list[NDArray[Any]], fed: int, attributes: dict[str, int]) -> Tensor:
+    """What one node of onnxruntime gives for these inputs, float32; all but the input `fed` are its constants."""
+    import onnxruntime
+    from onnx import helper, numpy_helper
+
+    names = [f"input{index}" for index in range(len(inputs))]
     graph = helper.make_graph(
-        [node],
+        [helper.make_node(kind, names, ["output"], domain="com.microsoft", **attributes)],
         "one_weight",
-        [helper.make_tensor_value_info("value", TensorProto.FLOAT, [columns, columns])],
-        [helper.make_tensor_value_info("product", TensorProto.FLOAT, [columns, rows])],
+        [
+            helper.make_tensor_value_info(
+                names[fed], helper.np_dtype_to_tensor_dtype(inputs[fed].dtype), inputs[fed].shape
+            )
+        ],
+        [helper.make_tensor_value_info("output", helper.np_dtype_to_tensor_dtype(np.dtype(np.float32)), None)],
         [
             numpy_helper.from_array(np.ascontiguousarray(array), name)
-            for array, name in zip(constant_inputs, names, strict=True)
+            for index, (name, array) in enumerate(zip(names, inputs, strict=True))
+            if index != fed
         ],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -181,5 +274,5 @@ def _identity_product(constant_inputs: list[NDArray[Any]], attributes: dict[str,
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (product,) = session.run(None, {"value": np.eye(columns, dtype=np.float32)})
-    return torch.from_numpy(product).T
+    (output,) = session.run(None, {names[fed]: inputs[fed]})
+    return torch.from_numpy(output)

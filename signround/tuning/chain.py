@@ -254,7 +254,9 @@ class TuningChain:
         def on_step(done: int, total: int) -> None:
             self.on_event(StageAdvanced("tune", done, total, "head"))
 
-        largest = max(sum(part.rows * part.columns for part in block.layers) for block in self.plan.blocks)
+        architecture = self.plan.architecture
+        shapes = [architecture.block_linears(index).values() for index in range(architecture.layers)]
+        largest = max(sum(rows * columns for rows, columns in block) for block in shapes)
         importance = inputs.means()[0].to(self.blocks.device)
         tensor = tuned_head(layer, weight, problem_of, importance, self.settings, self.descent, largest, on_step)
         self.writer.commit_outer_layer(HEAD, tensor, inputs)

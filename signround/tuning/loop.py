@@ -41,6 +41,9 @@ def tune_block(
     on_step: Callable[[int, int], None],
 ) -> BlockOutcome:
     """Tune `layers` (by their weight names within the block) and choose, layer by layer, the best candidate."""
+    if not layers:  # all of the block is kept, by the user's word or because no token reached its experts
+        unchanged = problem.held_out_loss({}, settings.batch_size).item()
+        return BlockOutcome({}, {}, unchanged, unchanged)
     tuned = list(layers.values())
     parameters = descent.parameters(tuned)
     start = {name: layer.frozen() for name, layer in layers.items()}

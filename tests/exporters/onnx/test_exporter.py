@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from exporters.onnx.checker import problems_of
 from exporters.onnx.exporter import OnnxExporter
 from exporters.onnx.reader import load_graph
 from signround.artifact import QuantizedCheckpoint
@@ -25,7 +23,7 @@ from signround.plan import CalibrationSpec, make_plan
 from signround.qtensor import QuantizedTensor
 from signround.recipes import settings_for
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import DENSE, FAMILIES, write_small_model
+from tests.small_models import FAMILIES, write_small_model
 
 pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
@@ -151,7 +149,9 @@ def test_down_projections_can_stay_exact(artifact_of: Maker, tmp_path: Path) -> 
     }
     assert {level for name, level in levels.items() if name.endswith("down_proj")} == {0}
     assert {level for name, level in levels.items() if not name.endswith("down_proj")} == {4}
-    assert "at accuracy_level 0" in " ".join(exporter.notes(artifact_of("mistral", "q8_0").plan))
+    assert "products of 8 bits stay at accuracy_level 4" in " ".join(
+        exporter.notes(artifact_of("mistral", "q8_0").plan)
+    )
 
 
 def test_one_weight_is_resident_at_a_time(artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,17 +205,12 @@ def test_it_is_an_exporter() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mixtures_are_refused_by_name_and_nothing_else(family: str, tmp_path: Path) -> None:
+def test_every_family_of_the_tuner_has_a_graph(family: str, tmp_path: Path) -> None:
     model = write_small_model(tmp_path / "model", family)
     plan = make_plan(
         SourceCheckpoint(model), "w4g32", settings_for("rtn", context=64, samples=2, seqlen=16), CalibrationSpec("self")
     )
-    sentences = [refusal.sentence() for refusal in OnnxExporter().refusals(plan)]
-    if family in DENSE:
-        assert sentences == []
-    else:
-        assert len(sentences) == 1
-        assert f"the decoder graph of {plan.architecture.family.hf_class}, a mixture of experts," in sentences[0]
+    assert OnnxExporter().refusals(plan) == []
 
 
 def test_refusals_come_all_at_once(artifact_of: Maker, tmp_path: Path) -> None:
@@ -265,66 +260,3 @@ def test_only_our_folders_are_opened(artifact_of: Maker, tmp_path: Path) -> None
     ir.save(model, exported.target / "model.onnx")
     with pytest.raises(RefusedError, match="not written by signround"):
         OnnxExporter().opened(exported.target)
-
-
-def _matmul(model: Any) -> Any:
-    return next(node for node in model.graph if node.op_type == "MatMulNBits")
-
-
-def _set(name: str, value: int) -> Callable[[Any, Path], None]:
-    return lambda model, folder: _matmul(model).attributes.update({name: ir.AttrInt64(name, value)})
-
-
-def _forget_level(model: Any, folder: Path) -> None:
-    del _matmul(model).attributes["accuracy_level"]
-
-
-def _add_g_idx(model: Any, folder: Path) -> None:
-    node = _matmul(model)
-    node.resize_inputs(5)
-    node.replace_input_with(4, node.inputs[2])
-
-
-def _feed_the_weight(model: Any, folder: Path) -> None:
-    _matmul(model).inputs[1].const_value = None
-
-
-def _truncate(model: Any, folder: Path) -> None:
-    os.truncate(folder / "model.onnx.data", 1000)
-
-
-def _rename(model: Any, folder: Path) -> None:
-    first, second, *_ = model.graph
-    second.name = first.name
-
-
-def _point_outside(model: Any, folder: Path) -> None:
-    value = _matmul(model).inputs[1]
-    old = value.const_value
-    value.const_value = ir.ExternalTensor(
-        "../model.onnx.data", old.offset, old.length, old.dtype, shape=old.shape, name=old.name, base_dir=old.base_dir
-    )
-
-
-@pytest.mark.parametrize(
-    ("mutate", "found"),
-    [
-        (_set("bits", 3), "3 bits"),
-        (_set("block_size", 48), "blocks of 48"),
-        (_set("accuracy_level", 9), "accuracy_level 9"),
-        (_set("N", 31), "input 1 must have shape"),
-        (_set("K", 4096), "input 2 must have shape"),
-        (_forget_level, "accuracy_level is missing"),
-        (_add_g_idx, "g_idx is set"),
-        (_feed_the_weight, "input 1 is not a constant"),
-        (_truncate, "ends beyond"),
-        (_rename, "used 2 times"),
-        (_point_outside, "outside the folder"),
-    ],
-)
-def test_checker_catches(artifact_of: Maker, tmp_path: Path, mutate: Callable[[Any, Path], None], found: str) -> None:
-    exported = OnnxExporter().export(artifact_of("llama", "w2g64-asym"), tmp_path / "onnx", silent)
-    model = load_graph(exported.target)
-    assert problems_of(model, exported.target) == []
-    mutate(model, exported.target)
-    assert found in " ".join(problems_of(model, exported.target))

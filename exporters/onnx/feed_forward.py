@@ -34,16 +34,16 @@ def gated_network(
 
 
 def _gate_and_up(parts: DecoderParts, prefix: str, names: list[str], normed: ir.Value) -> list[ir.Value]:
-    """Through one node where the checkpoint has one, or their layouts agree: the input is then rounded once. Measured
-    on models of 26 and 130 million weights: 3 to 5 % less time for a token, none lost when a prompt is read."""
-    layers = None if parts.has(prefix, PACKED) else parts.together(prefix, names)
-    module = names[0].rpartition(".")[0]
+    """Through one node where the checkpoint has one, or their layouts agree: the input is rounded once."""
+    module, width = names[0].rpartition(".")[0], parts.architecture.intermediate
     if parts.has(prefix, PACKED):
-        packed, rows = parts.linear(prefix, PACKED, normed), parts.architecture.intermediate
-    elif layers is not None:
-        name = f"{prefix}{module}.gate_up_proj"
-        packed, rows = parts.linears.add(name, normed, layers, parts.architecture.has_bias(names[0])), layers[0].rows
+        packed = parts.linear(prefix, PACKED, normed)
     else:
-        return [parts.linear(prefix, name, normed) for name in names]
-    widths = parts.builder.constant(f"constant.{rows}_twice", np.array([rows] * 2, np.int64))
-    return parts.builder.op("Split", f"{prefix}{module}.apart", [packed, widths], outputs=2, attributes={"axis": -1})
+        layers = parts.together(prefix, names)
+        if layers is None:
+            return [parts.linear(prefix, name, normed) for name in names]
+        biased, width = parts.architecture.has_bias(names[0]), layers[0].rows
+        packed = parts.linears.add(f"{prefix}{module}.gate_up_proj", normed, layers, biased)
+    widths = parts.builder.constant(f"constant.gate_up.{width}", np.array([width] * 2, np.int64))
+    name = f"{prefix}{module}.apart"
+    return parts.builder.op("Split", name, [packed, widths], outputs=2, attributes={"axis": -1})

@@ -28,6 +28,7 @@ from exporters.onnx.decoder import build_decoder
 from exporters.onnx.experts import expert_notes, expert_refusals
 from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
+from exporters.onnx.genai_tokenizer import tokenizer_notes
 from exporters.onnx.linear import FAST_LEVEL, Accuracy, is_down_projection
 from exporters.onnx.metadata import model_metadata
 from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of, has_float_kernel
@@ -137,8 +138,14 @@ class OnnxExporter:
             for table in rotary_tables(plan.architecture).values()
             if table.switch is not None
         ]
-        about_files = (tokenizer_note(plan.files), template_note(plan.files, self.layout))
-        return [*notes, *expert_notes(plan), *self._form.notes(plan), *(note for note in about_files if note)]
+        return [*notes, *expert_notes(plan), *self._form.notes(plan), *self._folder_notes(plan)]
+
+    def _folder_notes(self, plan: ModelPlan) -> list[str]:
+        """What the runtime of the layout makes of the files beside the graph."""
+        if self.layout != layouts.GENAI:
+            return layouts.browser_notes(plan, self.flavour)
+        notes = [note for note in (tokenizer_note(plan.files), template_note(plan.files, self.layout)) if note]
+        return notes + tokenizer_notes(side_files(plan, self.layout, {}), CONFIG)
 
     def _grid_notes(self, plan: ModelPlan, grid: Grid) -> Iterator[str]:
         blocks = {block_of(grid, layer.columns) for layer in plan.layers() if layer.grid == grid}

@@ -99,6 +99,22 @@ def refusals_of(layout: str, plan: ModelPlan, graph_dtype: str) -> list[Refusal]
     return found
 
 
+def browser_notes(plan: ModelPlan, flavour: str) -> list[str]:
+    """What transformers.js does otherwise than the other runtimes (measured with 4.3.1 and 3.8.1)."""
+    notes = []
+    if flavour == "contrib":
+        notes.append(
+            "onnx: transformers.js pads batches on the left, which GroupQueryAttention does not know: prompts of "
+            "unequal length in one batch need `--set onnx.flavour=std`; one prompt at a time is right."
+        )
+    widths = {CONTAINER[layer.grid.bits] for layer in plan.layers()}
+    if widths != {4} or flavour != "contrib":
+        notes.append(
+            "onnx: this file needs transformers.js 4; version 3 (onnxruntime 1.21) runs 4 bits in flavour contrib only."
+        )
+    return notes
+
+
 def browser_config(plan: ModelPlan, places: Places, graph_dtype: str, data_files: int) -> dict[str, Any]:
     """config.json with what transformers.js wants to know: the dtype to open, the number of data files. Version 3 also
     needs the type of the cache where it is not float32; version 4 asks the graph."""

@@ -28,6 +28,7 @@ from signround.runtimes.onnx_files import SUFFIXES, find_graph
 from signround.runtimes.targets import kind_of
 from tests.small_artifacts import write_rounded_artifact
 from tests.small_models import write_small_model
+from tests.tokenizer_families import PUBLISHED, write_byte_level
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
@@ -287,3 +288,37 @@ def test_metadata_names_tuner_and_sources(artifact: QuantizedCheckpoint, tmp_pat
         "operator": "MatMulNBits", "storage": "UINT8", "bits": 4, "block_size": 32, "accuracy_level": 0,
         "zero_points": False, "nodes": 4, "weights": 147456,
     }  # fmt: skip
+
+
+def test_notes_for_the_browser(artifact: QuantizedCheckpoint) -> None:
+    (padding,) = BROWSER.notes(artifact.plan)
+    assert "pads batches on the left" in padding
+    (version,) = replace(BROWSER, flavour="std").notes(artifact.plan)
+    assert "needs transformers.js 4" in version
+    assert "needs transformers.js 4" in " ".join(layouts.browser_notes(with_grids(artifact.plan, 2), "contrib"))
+    assert not any("transformers.js" in note for note in OnnxExporter().notes(artifact.plan))
+
+
+def tokenizer_notes_of(plan: ModelPlan, files: Path) -> str:
+    return " ".join(note for note in OnnxExporter().notes(replace(plan, files=files)) if "onnxruntime-genai" in note)
+
+
+def test_the_plan_says_how_onnxruntime_genai_reads_the_tokenizer(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    plan = artifact.plan
+    assert tokenizer_notes_of(plan, plan.files) == ""
+    write_byte_level(tmp_path / "a", PUBLISHED["exaone-moe"], 600)
+    assert "cannot load this tokenizer (Invalid regex" in tokenizer_notes_of(plan, tmp_path / "a")
+    write_byte_level(tmp_path / "b", PUBLISHED["qwen2"], 600)
+    text = tokenizer_notes_of(plan, tmp_path / "b")
+    assert "other tokens than tokenizer.json of 1 of 7 probe texts" in text  # NFC is left out
+    assert "decomposed" in text
+    write_byte_level(tmp_path / "c", PUBLISHED["llama-bpe"], 600)
+    settings = json.loads((tmp_path / "c" / "tokenizer_config.json").read_text())
+    (tmp_path / "c" / "chat_template.jinja").write_text("{{ messages[0]['content'] | upper }}")
+    assert "cannot render the chat template (Value is not callable" in tokenizer_notes_of(plan, tmp_path / "c")
+    (tmp_path / "c" / "chat_template.jinja").write_text(TEMPLATE)
+    assert tokenizer_notes_of(plan, tmp_path / "c") == ""
+    settings["tokenizer_class"] = "UnheardOfTokenizer"
+    (tmp_path / "c" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "Unsupported tokenizer class: UnheardOfTokenizer" in tokenizer_notes_of(plan, tmp_path / "c")

@@ -34,7 +34,8 @@ class ExportedModel:
     """What an exporter wrote. `target` is the path a user gives to the runtime (a file or a folder); `kept_dtype` is
     the dtype that unquantised matrices were stored in (None: each in its own, so nothing was lost); `added` says what
     the format adds, in float32, to every value of a kept tensor (Gemma's norms in GGUF: weight + 1); `untouched` names
-    the kept matrices that are stored in float32 whatever `kept_dtype` says (routers to experts)."""
+    the kept matrices that are stored in float32 whatever `kept_dtype` says (routers to experts); `casts_vectors` says
+    that norms and biases have `kept_dtype` too."""
 
     format: str
     target: Path
@@ -42,6 +43,7 @@ class ExportedModel:
     kept_dtype: torch.dtype | None = None
     added: Mapping[str, float] = dataclasses.field(default_factory=dict)
     untouched: frozenset[str] = frozenset()
+    casts_vectors: bool = False
 
 
 @runtime_checkable
@@ -105,6 +107,16 @@ class Exporter(Protocol):
         """Every tensor of the model as a reader that is not ours decodes it: (checkpoint name, float32 tensor in the
         checkpoint's orientation and row order, with what `ExportedModel.added` says). Quantised and kept tensors
         alike; a tied head is left out."""
+        ...
+
+
+@runtime_checkable
+class ForeignFiles(Protocol):
+    """An exporter that can look into files of its format that others wrote, and into damaged ones of ours."""
+
+    def inspected(self, target: Path) -> dict[str, Any]:
+        """JSON values: `ours` (whether this exporter wrote it), `problems` (texts, each with the name it is about) and
+        what the format's own words for its content are. Raises RefusedError when nothing can be read."""
         ...
 
 

@@ -11,7 +11,7 @@ import torch
 
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint
-from signround.exporting import available_exporters, make_exporters
+from signround.exporting import ForeignFiles, available_exporters, make_exporters
 from signround.formats import grid_for, scheme_names
 from signround.grid import Grid
 from signround.mixes import FILE_TYPES, PRESETS
@@ -22,7 +22,8 @@ TYPICAL_COLUMNS = 4096  # a row length that every group divides, for the table o
 
 
 def inspect_target(target: Path) -> dict[str, Any]:
-    """JSON values: kind, files with sizes, and for each grid the number of linears, weights and the code histogram."""
+    """JSON values: kind, files with sizes, and for each grid the number of linears, weights and the code histogram.
+    Where the format can tell (ONNX), its problems by name, in files of others too."""
     kind = kind_of(target)
     found: dict[str, Any] = {"kind": kind, "path": str(target), "bytes": _bytes(target)}
     if kind == "checkpoint":
@@ -43,6 +44,10 @@ def inspect_target(target: Path) -> dict[str, Any]:
         tensors = ((name, artifact.quantized(name)) for name in artifact.layers)
         return found | {"grids": _grids(tensors)}
     exporter = make_exporters([kind])[0]
+    if isinstance(exporter, ForeignFiles):
+        found |= exporter.inspected(target)
+        if found["problems"] or not found["ours"]:
+            return found | {"grids": []}
     exported = exporter.opened(target)
     if target.is_file():  # it may be the first of several
         found["bytes"] = sum(path.stat().st_size for path in exported.files)
@@ -80,6 +85,8 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
     lines += [
         f"{key}: {found[key]}" for key in ("scheme", "fingerprint", "complete", "blocks", "parameters") if key in found
     ]
+    lines += found.get("content", ())
+    lines += [f"problem: {problem}" for problem in found.get("problems", ())]
     for entry in found.get("grids", ()):
         grid = entry["grid"]
         kind = f"{grid['bits']} bits, group {grid['group'] or 'whole rows'}, {grid['zero']}"

@@ -40,6 +40,7 @@ def test_the_same_names_and_defaults_as_in_python(command: Any, function: Any) -
         "setting": "options",
         "split_max_size": "options",
         "gguf_template": "options",
+        "layout": "options",
         "tensor_type": "tensor_types",
     }
     inner = inspect.signature(function).parameters

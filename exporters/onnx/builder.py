@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Attribute = int | float | str | Sequence[int]
 
 MICROSOFT = "com.microsoft"
+ATTRIBUTE_BYTES, METADATA_BYTES, CONSTANT_BYTES = 11, 9, 98  # around their texts, in protobuf
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,13 @@ class View:
 
 class GraphBuilder:
     """Collects inputs, outputs, nodes and constants; `model` puts them together. `views` become constants when the file
-    is written (`saving.py`): only then it is known where the bytes lie."""
+    is written (`saving.py`): only then it is known where the bytes lie. `float_type` is what the graph computes in: of
+    its activations, and of the constants that meet them."""
 
-    def __init__(self) -> None:
+    def __init__(self, float_type: ir.DataType | None = None) -> None:
+        import onnx_ir as ir
+
+        self.float_type = ir.DataType.FLOAT if float_type is None else float_type
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
@@ -62,6 +67,10 @@ class GraphBuilder:
             self.constants[name] = _value(name, tensor.dtype, array.shape)
             self.constants[name].const_value = tensor
         return self.constants[name]
+
+    def number(self, value: float) -> ir.Value:
+        """A scalar of `float_type`; equal numbers are one constant."""
+        return self.constant(f"constant.{value!r}", np.array(value, self.float_type.numpy()))
 
     def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], NDArray[Any]]) -> ir.Value:
         """A constant whose array is asked for only while the file is written, and forgotten afterwards."""
@@ -118,17 +127,29 @@ class GraphBuilder:
         self.nodes.append(node)
         return [value for index, value in enumerate(values) if index not in unused]
 
+    def graph_bytes(self) -> int:
+        """About what nodes and names take in the file: protobuf spends two or three bytes around each text."""
+        nodes = sum(
+            sum(len(text or "") + 3 for text in (node.name, node.op_type, node.domain))
+            + sum(len(value.name or "") + 2 for value in [*node.inputs, *node.outputs] if value is not None)
+            + sum(len(key) + ATTRIBUTE_BYTES for key in node.attributes)
+            + sum(len(key) + len(value) + METADATA_BYTES for key, value in node.metadata_props.items())
+            for node in self.nodes
+        )
+        return nodes + sum(len(name) + CONSTANT_BYTES for name in self.constants)
+
     def model(self, name: str, opset: int, ir_version: int, producer: str, version: str) -> ir.Model:
         """The finished model. Constants of odd byte length come last, so that all floats lie on 4-byte offsets."""
         import onnx_ir as ir
 
         constants = sorted(self.constants.values(), key=_byte_count_is_odd)
+        domains = {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in self.nodes) else {}
         graph = ir.Graph(
             self.inputs,
             self.outputs,
             nodes=self.nodes,
             initializers=constants,
-            opset_imports={"": opset, MICROSOFT: 1},
+            opset_imports={"": opset, **domains},
             name=name,
         )
         return ir.Model(graph, ir_version=ir_version, producer_name=producer, producer_version=version)

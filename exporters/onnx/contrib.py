@@ -1,9 +1,10 @@
 """The `contrib` flavour: norms and attention as onnxruntime's own operators (opset 21, com.microsoft 1).
 
-GroupQueryAttention rotates q and k itself and can grow the KV cache in place; the Skip norm carries the residual.
-A flavour of standard operators (opset 23: Attention, RotaryEmbedding, RMSNormalization) would offer the same methods.
-Refuses head sizes that the CPU kernel refuses (`refusal_of`).
-Source: schemas of com.microsoft 1; wiring as in onnxruntime-genai's model builder.
+GroupQueryAttention rotates q and k itself and can grow the KV cache in place; the Skip norm carries the residual. Where
+its rotary kernel cannot (`rotates_inside`), RotaryEmbedding of the same domain rotates before it.
+Refuses head sizes that the CPU kernel refuses (`refusals`).
+Source: schemas of com.microsoft 1; wiring as in onnxruntime-genai's model builder. Conventions measured on the CPU
+kernel of onnxruntime 1.31: a local window counts the token itself, scores are scaled and then capped.
 """
 
 from __future__ import annotations
@@ -11,50 +12,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from exporters.onnx.builder import MICROSOFT, GraphBuilder
-from exporters.onnx.rope import positions_of, rotary_table
+from exporters.onnx.flavour import DecoderInputs
+from exporters.onnx.lengths import Lengths
+from exporters.onnx.operands import apart, rotary_caches
+from exporters.onnx.rope import RotaryTable, rotary_tables
 from signround.architecture import Architecture
 from signround.errors import Refusal
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPSET = 21
-IR_VERSION = 10  # what onnxruntime 1.18 and later load
-SHARES_CACHE = True  # past and present may be one buffer
-
-
-def refusal_of(architecture: Architecture) -> Refusal | None:
-    """Why GroupQueryAttention cannot run this model, or None."""
-    if architecture.head_dim % 16 == 0:
-        return None
-    return Refusal(
-        f"heads of {architecture.head_dim} are not possible in GroupQueryAttention, whose rotary kernel takes "
-        "multiples of 16",
-        "choose another model, or export to gguf or gptq",
-        "onnx",
-    )
+HEAD_MULTIPLE = 8  # of GroupQueryAttention
+ROTARY_MULTIPLE = 16  # of its rotary kernel: of the head and of what rotates in it
 
 
 class ContribFlavour:
-    """Writes norms and attention of one model into a GraphBuilder."""
+    """Fulfils `Flavour`."""
+
+    opset = 21
+    ir_version = 10  # what onnxruntime 1.18 and later load
+    shares_cache = True
 
     def __init__(self, builder: GraphBuilder, architecture: Architecture) -> None:
         self._builder = builder
         self._architecture = architecture
-        self._lengths: tuple[ir.Value, ir.Value] | None = None
+        self._tables = rotary_tables(architecture)
+        self._lengths: Lengths | None = None
+
+    @staticmethod
+    def refusals(architecture: Architecture) -> list[Refusal]:
+        """See `Flavour.refusals`."""
+        if architecture.head_dim % HEAD_MULTIPLE == 0:
+            return []
+        problem = f"heads of {architecture.head_dim} are not possible in GroupQueryAttention, which takes multiples of "
+        return [Refusal(f"{problem}{HEAD_MULTIPLE}", "choose another model, or export to gguf or gptq", "onnx")]
 
     def norm(self, name: str, value: ir.Value, weight: ir.Value) -> ir.Value:
-        """RMS norm over the last axis."""
+        """See `Flavour.norm`."""
         attributes = {"axis": -1, "epsilon": self._architecture.norm_epsilon, "stash_type": 1}
         return self._builder.op("SimplifiedLayerNormalization", name, [value, weight], attributes=attributes)[0]
 
     def add_and_norm(
         self, name: str, residual: ir.Value, delta: ir.Value, weight: ir.Value, last: bool
     ) -> tuple[ir.Value, ir.Value]:
-        """(norm of residual + delta, residual + delta); the last norm of a model has no residual to carry."""
+        """See `Flavour.add_and_norm`."""
         outputs = self._builder.op(
             "SkipSimplifiedLayerNormalization",
             name,
@@ -69,47 +71,61 @@ class ContribFlavour:
     def attention(
         self,
         name: str,
+        block: int,
         projections: Sequence[ir.Value | None],
         past: tuple[ir.Value, ir.Value],
-        window: int | None,
-        mask: ir.Value,
+        inputs: DecoderInputs,
     ) -> list[ir.Value]:
-        """[attended, present key, present value]; `projections` is q, k, v, or the three packed into the first."""
-        architecture = self._architecture
+        """See `Flavour.attention`."""
+        architecture, lengths = self._architecture, self._lengths_of(inputs)
+        rope, window = architecture.ropes[block], architecture.windows[block]
+        table = None if rope is None else self._tables[rope]
+        inside = table is not None and rotates_inside(architecture.head_dim, table)
+        if table is not None and not inside:
+            projections = self._rotated(name, projections, table, lengths)
         attributes: dict[str, int | float] = {
             "num_heads": architecture.heads,
             "kv_num_heads": architecture.kv_heads,
-            "scale": architecture.head_dim**-0.5,
-            "do_rotary": 1,
+            "scale": architecture.scales.attention,
+            "softcap": architecture.scales.attention_cap or 0.0,
+            "do_rotary": int(inside),
             "rotary_interleaved": 0,
             "local_window_size": -1 if window is None else window,
         }
-        inputs = [*projections, *past, *self._sequence_lengths(mask), self._table("cos"), self._table("sin")]
-        return self._builder.op("GroupQueryAttention", name, inputs, domain=MICROSOFT, outputs=3, attributes=attributes)
+        values = [*projections, *past, lengths.last, lengths.total]
+        if inside and table is not None:
+            values += rotary_caches(self._builder, table)
+            values += [] if table.switch is None else [lengths.positions(table.switch)]
+        return self._builder.op("GroupQueryAttention", name, values, domain=MICROSOFT, outputs=3, attributes=attributes)
 
-    def _table(self, part: str) -> ir.Value:
-        import onnx_ir as ir
+    def table_product(self, name: str, value: ir.Value, table: ir.Value, shape: tuple[int, int]) -> ir.Value:
+        """See `Flavour.table_product`. Measured (50000 x 1024, onnxruntime 1.31): FusedMatMul with transB loads with
+        one prepacked copy; Transpose + MatMul peaks at two."""
+        attributes = {"transA": 0, "transB": 1, "alpha": 1.0}
+        return self._builder.op("FusedMatMul", name, [value, table], domain=MICROSOFT, attributes=attributes)[0]
 
-        name = f"{part}_cache"
-        if name in self._builder.constants:
-            return self._builder.constants[name]
-        shape = (positions_of(self._architecture), self._architecture.head_dim // 2)
-        return self._builder.lazy(name, ir.DataType.FLOAT, shape, lambda: rotary_table(self._architecture, part))
-
-    def _sequence_lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """int32 [batch] tokens in the cache minus one, and int32 scalar longest: both from the attention mask."""
-        if self._lengths is None:
-            import onnx_ir as ir
-
-            builder, integer = self._builder, {"to": int(ir.DataType.INT32)}
-            one = builder.constant("constant.ones", np.array([1], np.int64))
-            axis = builder.constant("constant.one", np.array(1, np.int64))
-            count = builder.op("ReduceSum", "mask.sum", [mask, one], attributes={"keepdims": 0})
-            last = builder.op("Sub", "mask.last", [*count, one])
-            shape = builder.op("Shape", "mask.shape", [mask])
-            total = builder.op("Gather", "mask.width", [*shape, axis], attributes={"axis": 0})
-            self._lengths = (
-                builder.op("Cast", "mask.lengths", last, attributes=integer)[0],
-                builder.op("Cast", "mask.total", total, attributes=integer)[0],
+    def _rotated(
+        self, name: str, projections: Sequence[ir.Value | None], table: RotaryTable, lengths: Lengths
+    ) -> list[ir.Value | None]:
+        """q, k, v with q and k rotated, by an operator of its own."""
+        query, key, value = apart(self._builder, self._architecture, name, projections)
+        positions, caches = lengths.positions(table.switch), rotary_caches(self._builder, table)
+        heads = {"q": (query, self._architecture.heads), "k": (key, self._architecture.kv_heads)}
+        rotated: list[ir.Value | None] = []
+        for part, (projection, count) in heads.items():
+            attributes = {"interleaved": 0, "num_heads": count, "rotary_embedding_dim": 2 * table.width}
+            values = [projection, positions, *caches]
+            rotated += self._builder.op(
+                "RotaryEmbedding", f"{name}.{part}_rotated", values, domain=MICROSOFT, attributes=attributes
             )
+        return [*rotated, value]
+
+    def _lengths_of(self, inputs: DecoderInputs) -> Lengths:
+        if self._lengths is None:
+            self._lengths = Lengths(self._builder, inputs)
         return self._lengths
+
+
+def rotates_inside(head_dim: int, table: RotaryTable) -> bool:
+    """Whether GroupQueryAttention's own rotary kernel takes these heads (measured: it refuses all others)."""
+    return head_dim % ROTARY_MULTIPLE == 0 and 2 * table.width % ROTARY_MULTIPLE == 0

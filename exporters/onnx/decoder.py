@@ -1,42 +1,44 @@
 """The decoder graph of a plan: input_ids, attention_mask and past keys and values in; logits of every position out.
 
-Built from the plan's shapes alone (tensors are read while the file is written); no transformers, no tracing. Knows the
-Llama shape and its relatives (Mistral, Qwen2, Qwen3); what differs between runtimes lies in the flavour.
+Built from the plan's shapes alone (tensors are read while the file is written); no transformers, no tracing. What sets
+families apart is read from `signround.architecture`; what differs between runtimes lies in the flavour.
+
+A block is residual + attention, then residual + feed-forward, each with a norm before it, after it, or both. The sum
+is left to the next norm, which adds and norms in one operator: `residual` and `delta` travel side by side.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from exporters.onnx.attention import self_attention
 from exporters.onnx.builder import GraphBuilder
-from exporters.onnx.contrib import ContribFlavour
-from exporters.onnx.linear import Accuracy, LinearWriter, TableWriter, bias_name, can_fuse
+from exporters.onnx.elementwise import capped, scaled
+from exporters.onnx.feed_forward import feed_forward
+from exporters.onnx.flavour import DecoderInputs
+from exporters.onnx.form import GraphForm
+from exporters.onnx.mixture import mixture_of_experts
+from exporters.onnx.parts import DecoderParts
 from exporters.onnx.tensors import TensorSource
 from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD
-from signround.plan import BlockPlan, ModelPlan
+from signround.families import Family
+from signround.plan import ModelPlan
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def build_decoder(plan: ModelPlan, source: TensorSource, accuracy: Accuracy) -> GraphBuilder:
+def build_decoder(plan: ModelPlan, source: TensorSource, form: GraphForm) -> GraphBuilder:
     """The whole graph, its tensors lazy."""
-    return _Decoder(plan, source, accuracy).build()
+    return _Decoder(DecoderParts(plan, source, form)).build()
 
 
 class _Decoder:
-    def __init__(self, plan: ModelPlan, source: TensorSource, accuracy: Accuracy) -> None:
-        self.plan = plan
-        self.source = source
-        self.architecture = plan.architecture
-        self.builder = GraphBuilder()
-        self.flavour = ContribFlavour(self.builder, self.architecture)
-        self.linears = LinearWriter(self.builder, source, accuracy)
-        self.tables = TableWriter(self.builder, source)
-        self.layers = {layer.name: layer for layer in plan.layers()}
-        self.kept = {kept.name: kept for kept in plan.kept()}
+    def __init__(self, parts: DecoderParts) -> None:
+        self.parts = parts
+        self.architecture = parts.architecture
+        self.builder = parts.builder
+        self.norms = _norms_around(self.architecture.family)
 
     def build(self) -> GraphBuilder:
         import onnx_ir as ir
@@ -45,111 +47,103 @@ class _Decoder:
         mask = self.builder.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
         residual, delta = self._embedded(ids), None
         presents: list[ir.Value] = []
-        for block in self.plan.blocks:
-            residual, delta = self._block(block, residual, delta, mask, presents)
+        for index in range(self.architecture.layers):
+            residual, delta = self._block(index, residual, delta, DecoderInputs(ids, mask), presents)
         assert delta is not None
-        hidden, _ = self.flavour.add_and_norm("final_norm", residual, delta, self._vector(FINAL_NORM), last=True)
-        logits = self._logits(hidden)
+        weight = self.parts.norm_weight(FINAL_NORM)
+        hidden, _ = self.parts.flavour.add_and_norm("final_norm", residual, delta, weight, last=True)
         shape: list[int | str] = ["batch_size", "sequence_length", self.architecture.vocabulary]
-        self.builder.output(logits, "logits", ir.DataType.FLOAT, shape)
+        self.builder.output(self._logits(hidden), "logits", ir.DataType.FLOAT, shape)
         for index, present in enumerate(presents):
             name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
-            self.builder.output(present, name, ir.DataType.FLOAT, self._cache_shape("total_sequence_length"))
+            self.builder.output(present, name, self.builder.float_type, self._cache_shape("total_sequence_length"))
         return self.builder
 
     def _embedded(self, ids: ir.Value) -> ir.Value:
-        if EMBEDDING in self.layers:
-            return self.linears.gather("embedding", self.layers[EMBEDDING], ids, shared=self.architecture.tied)
-        return self.tables.gather("embedding", self.kept[EMBEDDING], ids)
+        if EMBEDDING in self.parts.layers:
+            layer = self.parts.layers[EMBEDDING]
+            rows = self.parts.packer.gather("embedding", layer, ids, shared=self.architecture.tied)
+        else:
+            rows = self.parts.tables.gather("embedding", self.parts.kept[EMBEDDING], ids)
+        return scaled(self.builder, "embedding.scaled", rows, self.architecture.scales.embedding)
 
     def _logits(self, hidden: ir.Value) -> ir.Value:
-        name = EMBEDDING if self.architecture.tied else HEAD
-        if name not in self.layers:
-            return self.tables.product("head", hidden, self.kept[name])
-        shared = "embedding" if self.architecture.tied else ""
-        return self.linears.add("head", hidden, [self.layers[name]], False, constants=shared)
+        scales, name = self.architecture.scales, EMBEDDING if self.architecture.tied else HEAD
+        small = scaled(self.builder, "head.scaled", self._product(hidden, name), 1 / scales.logits)
+        return self._as_float32("head.float", capped(self.builder, "head.capped", small, scales.logits_cap))
+
+    def _product(self, hidden: ir.Value, name: str) -> ir.Value:
+        if name not in self.parts.layers:
+            return self.parts.tables.product("head", hidden, self.parts.kept[name])
+        layers = [self.parts.layers[name]]
+        if self.architecture.tied:  # one table for both
+            return self.parts.packer.add("head", hidden, layers, False, constants="embedding")
+        return self.parts.linears.add("head", hidden, layers, False)
+
+    def _as_float32(self, name: str, value: ir.Value) -> ir.Value:
+        """Logits are float32 whatever the graph computes in: a Float32Array in a browser, numpy's default elsewhere."""
+        import onnx_ir as ir
+
+        if self.builder.float_type == ir.DataType.FLOAT:
+            return value
+        return self.builder.op("Cast", name, [value], attributes={"to": int(ir.DataType.FLOAT)})[0]
 
     def _block(
-        self, block: BlockPlan, residual: ir.Value, delta: ir.Value | None, mask: ir.Value, presents: list[ir.Value]
+        self,
+        index: int,
+        residual: ir.Value,
+        delta: ir.Value | None,
+        inputs: DecoderInputs,
+        presents: list[ir.Value],
     ) -> tuple[ir.Value, ir.Value]:
         """(residual, what is still to be added to it) after one decoder block."""
-        prefix = BLOCK.format(block.index)
-        weight = self._vector(f"{prefix}input_layernorm.weight")
-        if delta is None:
-            normed = self.flavour.norm(f"{prefix}input_norm", residual, weight)
-        else:
-            normed, residual = self.flavour.add_and_norm(f"{prefix}input_norm", residual, delta, weight, last=False)
-        attended = self._attention(block.index, prefix, normed, mask, presents)
-        weight = self._vector(f"{prefix}post_attention_layernorm.weight")
-        name = f"{prefix}feed_forward_norm"
-        normed, residual = self.flavour.add_and_norm(name, residual, attended, weight, last=False)
-        return residual, self._feed_forward(prefix, normed)
-
-    def _attention(
-        self, index: int, prefix: str, normed: ir.Value, mask: ir.Value, presents: list[ir.Value]
-    ) -> ir.Value:
-        import onnx_ir as ir
-
-        key, value = (
-            self.builder.input(
-                f"past_key_values.{index}.{part}", ir.DataType.FLOAT, self._cache_shape("past_sequence_length")
-            )
-            for part in ("key", "value")
-        )
-        attended, *present = self.flavour.attention(
-            f"{prefix}attention",
-            self._projections(prefix, normed),
-            (key, value),
-            self.architecture.windows[index],
-            mask,
-        )
+        prefix = BLOCK.format(index)
+        (before_attention, after_attention), (before_feed_forward, after_feed_forward) = self.norms
+        normed, residual = self._enter(f"{prefix}input_norm", residual, delta, prefix, before_attention)
+        attended, present = self_attention(self.parts, index, prefix, normed, self._past(index), inputs)
         presents += present
-        return self._linear(prefix, "self_attn.o_proj", attended)
+        attended = self._leave(f"{prefix}attention", attended, prefix, after_attention)
+        normed, residual = self._enter(f"{prefix}feed_forward_norm", residual, attended, prefix, before_feed_forward)
+        mixture = self.architecture.mixture
+        if mixture is None:
+            fed = feed_forward(self.parts, prefix, normed)
+        else:
+            fed = mixture_of_experts(self.parts, mixture, index, prefix, normed)
+        return residual, self._leave(f"{prefix}feed_forward", fed, prefix, after_feed_forward)
 
-    def _projections(self, prefix: str, normed: ir.Value) -> list[ir.Value | None]:
-        """q, k and v; packed into one node where their layouts agree and nothing lies between them and attention."""
-        names = [f"self_attn.{part}_proj" for part in "qkv"]
-        weights = [f"{prefix}{name}.weight" for name in names]
-        layers = [self.layers[name] for name in weights if name in self.layers]
-        biases = [self.architecture.has_bias(name) for name in names]
-        if len(layers) == len(names) and can_fuse(layers, biases) and not self.architecture.family.qk_norm:
-            return [self.linears.add(f"{prefix}self_attn.qkv_proj", normed, layers, biases[0]), None, None]
-        query, key, value = (self._linear(prefix, name, normed) for name in names)
-        if self.architecture.family.qk_norm:
-            query = self._head_norm(prefix, "q", query, self.architecture.heads)
-            key = self._head_norm(prefix, "k", key, self.architecture.kv_heads)
-        return [query, key, value]
+    def _enter(
+        self, name: str, residual: ir.Value, delta: ir.Value | None, prefix: str, norm: str | None
+    ) -> tuple[ir.Value, ir.Value]:
+        """(what attention or feed-forward reads, the sum so far)."""
+        if norm is None:
+            total = residual if delta is None else self.builder.op("Add", name, [residual, delta])[0]
+            return total, total
+        weight = self.parts.norm_weight(f"{prefix}{norm}.weight")
+        if delta is None:
+            return self.parts.flavour.norm(name, residual, weight), residual
+        return self.parts.flavour.add_and_norm(name, residual, delta, weight, last=False)
 
-    def _head_norm(self, prefix: str, part: str, value: ir.Value, heads: int) -> ir.Value:
-        """RMS norm over each head: [batch, tokens, heads * head_dim] seen as [batch, tokens, heads, head_dim]."""
-        name, size = f"{prefix}self_attn.{part}_norm", self.architecture.head_dim
-        apart = self.builder.constant(f"constant.{part}_heads", np.array([0, 0, heads, size], np.int64))
-        joined = self.builder.constant(f"constant.{part}_joined", np.array([0, 0, heads * size], np.int64))
-        split = self.builder.op("Reshape", f"{name}.split", [value, apart])[0]
-        normed = self.flavour.norm(name, split, self._vector(f"{name}.weight"))
-        return self.builder.op("Reshape", f"{name}.join", [normed, joined])[0]
+    def _leave(self, name: str, value: ir.Value, prefix: str, norm: str | None) -> ir.Value:
+        """What is to be added to the residual."""
+        if norm is not None:
+            value = self.parts.flavour.norm(f"{name}.norm", value, self.parts.norm_weight(f"{prefix}{norm}.weight"))
+        return scaled(self.builder, f"{name}.scaled", value, self.architecture.scales.residual)
 
-    def _feed_forward(self, prefix: str, normed: ir.Value) -> ir.Value:
-        gate = self._linear(prefix, "mlp.gate_proj", normed)
-        up = self._linear(prefix, "mlp.up_proj", normed)
-        sigmoid = self.builder.op("Sigmoid", f"{prefix}mlp.sigmoid", [gate])
-        silu = self.builder.op("Mul", f"{prefix}mlp.silu", [gate, *sigmoid])
-        gated = self.builder.op("Mul", f"{prefix}mlp.gated", [*silu, up])
-        return self._linear(prefix, "mlp.down_proj", gated[0])
-
-    def _linear(self, prefix: str, linear: str, value: ir.Value) -> ir.Value:
-        weight, biased = f"{prefix}{linear}.weight", self.architecture.has_bias(linear)
-        if weight in self.layers:
-            return self.linears.add(f"{prefix}{linear}", value, [self.layers[weight]], biased)
-        bias = self.kept[bias_name(weight)] if biased else None
-        return self.tables.product(f"{prefix}{linear}", value, self.kept[weight], bias)
-
-    def _vector(self, name: str) -> ir.Value:
-        """A norm's weight, float32: the operators compute in the dtype of their weight."""
-        import onnx_ir as ir
-
-        size = self.architecture.head_dim if "self_attn" in name else self.architecture.hidden
-        return self.builder.lazy(name, ir.DataType.FLOAT, (size,), lambda: self.source.tensor(name).float().numpy())
+    def _past(self, index: int) -> tuple[ir.Value, ir.Value]:
+        shape, dtype = self._cache_shape("past_sequence_length"), self.builder.float_type
+        key, value = (self.builder.input(f"past_key_values.{index}.{part}", dtype, shape) for part in ("key", "value"))
+        return key, value
 
     def _cache_shape(self, length: str) -> list[int | str]:
         return ["batch_size", self.architecture.kv_heads, length, self.architecture.head_dim]
+
+
+def _norms_around(family: Family) -> tuple[tuple[str | None, str | None], tuple[str | None, str | None]]:
+    """(norm before, norm after) of attention, then of the feed-forward network. `post_attention_layernorm` stands after
+    attention in families that norm after the feed-forward network too; in the others it is the one before that."""
+    names = {norm.name for norm in family.norms}
+    before = "input_layernorm" if "input_layernorm" in names else None
+    if "post_feedforward_layernorm" not in names:
+        return (before, None), ("post_attention_layernorm", None)
+    between = "pre_feedforward_layernorm" if "pre_feedforward_layernorm" in names else None
+    return (before, "post_attention_layernorm"), (between, "post_feedforward_layernorm")

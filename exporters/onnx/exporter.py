@@ -1,37 +1,42 @@
-"""OnnxExporter: artifact -> a folder that onnxruntime and onnxruntime-genai run.
+"""OnnxExporter: artifact -> a folder that onnxruntime, onnxruntime-genai or transformers.js runs (`layouts`).
 
     model.onnx         the decoder graph (MatMulNBits, GroupQueryAttention), a few hundred kB
     model.onnx.data    every tensor
     genai_config.json  what onnxruntime-genai needs to know, beside the tokenizer files and config.json
 
-Refuses, at plan time, grids that MatMulNBits cannot hold and head sizes that GroupQueryAttention cannot run.
+Refuses, at plan time, grids that MatMulNBits cannot hold, head sizes that GroupQueryAttention cannot run, and experts
+that QMoE cannot hold.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from exporters.onnx import contrib
+from exporters.onnx import inspection, layouts
 from exporters.onnx.builder import GraphBuilder
+from exporters.onnx.carried import SideFiles, side_files, size_of, template_note, write
 from exporters.onnx.checker import problems_of
+from exporters.onnx.data_files import count_data_files, save_chunks
 from exporters.onnx.decoder import build_decoder
+from exporters.onnx.experts import expert_notes, expert_refusals
+from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
+from exporters.onnx.genai_tokenizer import tokenizer_notes
 from exporters.onnx.linear import FAST_LEVEL, Accuracy, is_down_projection
+from exporters.onnx.metadata import model_metadata
 from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of, has_float_kernel
 from exporters.onnx.packing import refusal_of as grid_refusal
-from exporters.onnx.reader import DATA, GRAPH, decode_all, load_graph, read_quantized
-from exporters.onnx.rope import positions_of
-from exporters.onnx.saving import save_graph
+from exporters.onnx.parts import norm_addend
+from exporters.onnx.reader import ADDED_KEY, DTYPE_KEY, added_to, decode_all, load_graph, read_quantized
+from exporters.onnx.rope import positions_of, rotary_tables
 from signround.artifact import QuantizedCheckpoint
-from signround.checkpoint import TOKENIZER_FILES
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.events import Listener, StageAdvanced
 from signround.exporting import ExportedModel, missing_packages
@@ -39,15 +44,14 @@ from signround.files import folder_written_whole
 from signround.grid import Grid
 from signround.plan import ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.onnx_files import find_graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 LEVELS = (0, 1, 2, 3, FAST_LEVEL)
 WRITERS = ("onnx", "onnx_ir")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-NODE_BYTES = 440  # a node, its names and metadata, in model.onnx
-CARRIED = ("config.json", *TOKENIZER_FILES)
+METADATA_BYTES = 1500  # of the model
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,16 @@ class OnnxExporter:
     float32, for a token that takes some 1.2 times as long. `keep_fast` keeps products of 2 and 8 bits at 4 whatever
     `accuracy_level` says: below, onnxruntime decodes the weight on every call. With `fallback`, the pipeline writes a
     model that misses its gate at level 4 again, first with exact down projections, then with level 0 wherever it is
-    fast."""
+    fast. `layout` is the runtime whose folder is written: "genai" (plain onnxruntime too) or "transformers.js"."""
 
     accuracy_level: int = 4
     exact_down_proj: bool = False
     keep_fast: bool = False
     fallback: bool = True
+    layout: str = layouts.GENAI
+    flavour: str = "contrib"
+    weights: str = "matmulnbits"
+    dtype: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -86,6 +94,8 @@ class OnnxExporter:
         fast = [has_float_kernel(layer.grid) for layer in plan.products()]
         if not self.fallback or self.accuracy_level != 4 or not any(fast):
             return None
+        if self.weights == "dequantize":  # one level for all
+            return replace(self, accuracy_level=0) if all(fast) else None
         down = any(is_down_projection(layer) and has_float_kernel(layer.grid) for layer in plan.products())
         if down and not self.exact_down_proj:
             return replace(self, exact_down_proj=True)
@@ -95,18 +105,14 @@ class OnnxExporter:
         """See `Exporter.refusals`."""
         found = missing_packages(WRITERS, "onnx", "onnx")
         found += [] if self.accuracy_level in LEVELS else [self._level_refusal()]
-        family = plan.architecture.family
-        if family.model_type not in FAMILIES:
-            problem = f"the decoder graph of {family.hf_class} is not written yet; {', '.join(FAMILIES)} models are"
-            others = "gguf" if family.experts else "gguf or gptq"
-            return [*found, Refusal(problem, f"export this model to {others} instead", "onnx")]
         found += [
             replace(refusal, problem=f"{refusal.problem}: {_listed(plan, grid)}")
             for grid in _grids(plan)
             if (refusal := grid_refusal(grid))
         ]
-        head = contrib.refusal_of(plan.architecture)
-        return [*found, head] if head else found
+        form = self._form.refusals(plan)
+        places = [] if form else layouts.refusals_of(self.layout, plan, self.dtype)
+        return found + expert_refusals(plan) + form + places
 
     def _level_refusal(self) -> Refusal:
         return Refusal(
@@ -121,13 +127,25 @@ class OnnxExporter:
         context, positions = plan.architecture.context, positions_of(plan.architecture)
         if positions < context:
             notes.append(f"onnx: the graph holds {positions} positions of the model's {context}; longer inputs fail.")
-        if positions > LONGEST:
+        if positions > LONGEST and self.layout == layouts.GENAI:
             notes.append(
                 f"onnx: onnxruntime-genai will allocate {LONGEST} tokens by default (search.max_length in {CONFIG}; "
                 f"the graph takes {positions})."
             )
-        tokenizer = tokenizer_note(plan.files)
-        return [*notes, tokenizer] if tokenizer else notes
+        notes += [
+            f"onnx: a text that grows past {table.switch} tokens while it is generated keeps the cached keys of the "
+            "short rope factors, as in transformers' cache; read it anew there (onnxruntime-genai does so at 4097)."
+            for table in rotary_tables(plan.architecture).values()
+            if table.switch is not None
+        ]
+        return [*notes, *expert_notes(plan), *self._form.notes(plan), *self._folder_notes(plan)]
+
+    def _folder_notes(self, plan: ModelPlan) -> list[str]:
+        """What the runtime of the layout makes of the files beside the graph."""
+        if self.layout != layouts.GENAI:
+            return layouts.browser_notes(plan, self.flavour)
+        notes = [note for note in (tokenizer_note(plan.files), template_note(plan.files, self.layout)) if note]
+        return notes + tokenizer_notes(side_files(plan, self.layout, {}), CONFIG)
 
     def _grid_notes(self, plan: ModelPlan, grid: Grid) -> Iterator[str]:
         blocks = {block_of(grid, layer.columns) for layer in plan.layers() if layer.grid == grid}
@@ -153,16 +171,25 @@ class OnnxExporter:
             yield f"onnx: products of {grid.bits} bits stay at accuracy_level 4, the only fast one."
 
     @property
-    def _accuracy(self) -> Accuracy:
-        return Accuracy(self.accuracy_level, self.exact_down_proj, self.keep_fast)
+    def _form(self) -> GraphForm:
+        accuracy = Accuracy(self.accuracy_level, self.exact_down_proj, self.keep_fast)
+        return GraphForm(self.flavour, self.weights, self.dtype, accuracy)
 
     def estimated_bytes(self, plan: ModelPlan) -> int:
         """See `Exporter.estimated_bytes`: the graph is laid out from shapes, and no tensor is read."""
-        builder = build_decoder(plan, _NoTensors(), self._accuracy)
+        builder = build_decoder(plan, _NoTensors(), self._form)
         tensors = sum(value.const_value.nbytes for value in builder.constants.values() if value.const_value)
-        carried = sum(path.stat().st_size for path in _carried_files(plan))
-        config = len(json.dumps(genai_config(plan, GRAPH), indent=2))
-        return tensors + NODE_BYTES * len(builder.nodes) + carried + config
+        return tensors + builder.graph_bytes() + METADATA_BYTES + size_of(self._side_files(plan, 1))
+
+    def _places(self, plan: ModelPlan) -> layouts.Places:
+        return layouts.places_of(self.layout, plan, self.dtype)
+
+    def _side_files(self, plan: ModelPlan, data_count: int) -> SideFiles:
+        places = self._places(plan)
+        if self.layout == layouts.GENAI:
+            return side_files(plan, self.layout, {CONFIG: genai_config(plan, places.graph, self._form)})
+        config = layouts.browser_config(plan, places, self.dtype, data_count)
+        return side_files(plan, self.layout, {"config.json": config})
 
     def export(self, artifact: QuantizedCheckpoint, out: Path, on_event: Listener) -> ExportedModel:
         """See `Exporter.export`. One weight (or one fused q, k, v) is in memory at a time."""
@@ -170,18 +197,17 @@ class OnnxExporter:
         refusals = self.refusals(plan)
         if refusals:
             raise RefusedError(refusals)
-        builder = build_decoder(plan, artifact, self._accuracy)
+        places = self._places(plan)
+        builder = build_decoder(plan, artifact, self._form)
         model = self._model(builder, artifact)
 
-        def advanced(name: str, done: int, total: int) -> None:
+        def advanced(done: int, total: int, name: str) -> None:
             on_event(StageAdvanced("export", done, total, name))
 
         with folder_written_whole(out) as folder:
-            save_graph(model, builder.views, folder / GRAPH, DATA, advanced)
-            (folder / CONFIG).write_text(json.dumps(genai_config(plan, GRAPH), indent=2) + "\n")
-            for path in _carried_files(plan):
-                shutil.copyfile(path, folder / path.name)
-            problems = problems_of(load_graph(folder), folder)
+            write(self._side_files(plan, count_data_files(model, places)), folder)
+            save_chunks(model, builder.views, folder, places, advanced)
+            problems = problems_of(load_graph(folder), (folder / places.graph).parent)
             if problems:
                 raise FailedError(
                     f"onnx: the written graph is not sound ({problems[0]}; {len(problems)} in all); "
@@ -190,25 +216,27 @@ class OnnxExporter:
         return self.opened(out)
 
     def _model(self, builder: GraphBuilder, artifact: QuantizedCheckpoint) -> ir.Model:
-        plan = artifact.plan
-        model = builder.model("decoder", contrib.OPSET, contrib.IR_VERSION, "signround", version("signround"))
-        model.metadata_props.update(
-            {
-                "signround.scheme": plan.scheme,
-                "signround.artifact": artifact.fingerprint,
-                "signround.source_sha256": plan.source_sha256,
-                "signround.accuracy_level": str(self.accuracy_level),
-            }
-        )
+        plan, form = artifact.plan, self._form
+        model = builder.model("decoder", form.opset(plan), form.ir_version(plan), "signround", version("signround"))
+        model.metadata_props.update(model_metadata(artifact, asdict(self)))
+        if addend := norm_addend(plan):
+            model.metadata_props[ADDED_KEY] = str(addend)
         return model
+
+    def inspected(self, target: Path) -> dict[str, Any]:
+        """See `ForeignFiles.inspected`."""
+        return inspection.inspected(target)
 
     def opened(self, target: Path) -> ExportedModel:
         """See `Exporter.opened`."""
-        problems = problems_of(load_graph(target), target)
+        model = load_graph(target)
+        problems = problems_of(model, find_graph(target).parent)
         if problems:
             raise refuse(f"the graph is not sound ({problems[0]})", "export the artifact again", str(target))
-        files = tuple(sorted(path for path in target.iterdir() if path.is_file()))
-        return ExportedModel(self.name, target, files)
+        files = tuple(sorted(path for path in target.rglob("*") if path.is_file()))
+        half = model.metadata_props.get(DTYPE_KEY) == "fp16"
+        kept_dtype = torch.float16 if half else None
+        return ExportedModel(self.name, target, files, kept_dtype, added_to(model), casts_vectors=half)
 
     def read_back(self, exported: ExportedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         """See `Exporter.read_back`."""
@@ -238,7 +266,3 @@ def _listed(plan: ModelPlan, grid: Grid) -> str:
     """The matrices of one grid, the first by name."""
     names = [layer.name for layer in plan.layers() if layer.grid == grid]
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def _carried_files(plan: ModelPlan) -> list[Path]:
-    return [plan.files / name for name in CARRIED if (plan.files / name).is_file()]

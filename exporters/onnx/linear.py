@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from exporters.onnx.builder import MICROSOFT, GraphBuilder
+from exporters.onnx.flavour import Flavour
 from exporters.onnx.packing import Layout, Packed, empty, has_float_kernel, layout_of, pack, stack
-from exporters.onnx.tensors import TensorSource, onnx_dtype, to_numpy
+from exporters.onnx.tensors import TensorSource, floats, onnx_dtype, to_numpy
 from signround.files import canonical_json
 from signround.plan import KeptTensor, LayerPlan
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 WEIGHTS_KEY = "signround.weights"  # node metadata: JSON list of [weight name, rows]
 GRID_KEY = "signround.grid"  # node metadata: the grid as JSON
 COLUMNS_KEY = "signround.columns"  # node metadata of an embedding: its width without padding
+DOWN = (".down_proj.weight", ".w2.weight")  # of a feed-forward network, of an expert
 FAST_LEVEL = 4  # int8 activations
 SLICE_WEIGHTS = 1 << 24  # weights of one matrix that are unpacked in memory at a time
 
@@ -52,7 +53,7 @@ class Accuracy:
 
 
 def is_down_projection(layer: LayerPlan) -> bool:
-    return layer.name.endswith("mlp.down_proj.weight")
+    return layer.name.endswith(DOWN)
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,18 @@ class LinearWriter:
         assert zeros is not None
         return zeros
 
-    def _biases(self, linear: FusedLinear) -> NDArray[np.float32]:
-        parts = [self._source.tensor(bias_name(layer.name)).float() for layer in linear.layers]
-        return np.concatenate([part.numpy() for part in parts])
+    def packed(self, linear: FusedLinear) -> Packed:
+        """The arrays of a linear, whichever operators they are for."""
+        return self._packed(linear)
+
+    def bias(self, name: str, linear: FusedLinear) -> ir.Value:
+        """The bias of a linear [rows]."""
+        names, dtype = [bias_name(layer.name) for layer in linear.layers], self._builder.float_type
+
+        def read() -> NDArray[Any]:
+            return np.concatenate([floats(bias, self._source.tensor(bias), dtype) for bias in names])
+
+        return self._builder.lazy(f"{name}.bias", dtype, (linear.layout.rows,), read)
 
     def _constants(self, name: str, linear: FusedLinear, *, flat: bool = False) -> Constants:
         """The constants called `name`, made at the first call. `flat`: codes as [rows, bytes a row]."""
@@ -133,7 +143,10 @@ class LinearWriter:
         if f"{name}.codes" in known:
             return Constants(known[f"{name}.codes"], known[f"{name}.scales"], known.get(f"{name}.zero_points"))
         shape = layout.flat_shape if flat else layout.codes_shape
-        scales = lazy(f"{name}.scales", ir.DataType.FLOAT, layout.scales_shape, lambda: self._packed(linear).scales)
+        dtype = self._builder.float_type
+        scales = lazy(
+            f"{name}.scales", dtype, layout.scales_shape, lambda: self._packed(linear).scales.astype(dtype.numpy())
+        )
         codes = lazy(f"{name}.codes", ir.DataType.UINT8, shape, lambda: self._packed(linear).codes.reshape(shape))
         zeros = None
         if layout.has_zero_points:
@@ -170,17 +183,15 @@ class LinearWriter:
         self, name: str, value: ir.Value, layers: Sequence[LayerPlan], biased: bool, *, constants: str = ""
     ) -> ir.Value:
         """value [.., columns] -> [.., rows of all layers]. `constants`: what the weight is called if not `name`."""
-        import onnx_ir as ir
-
         linear = FusedLinear(tuple(layers))
-        layout, lazy = linear.layout, self._builder.lazy
+        layout = linear.layout
         weight = self._constants(constants or name, linear)
         inputs: list[ir.Value | None] = [value, weight.codes, weight.scales]
         if weight.zero_points is not None:
             inputs.append(weight.zero_points)
         if biased:
             inputs += [None] * (5 - len(inputs))
-            inputs.append(lazy(f"{name}.bias", ir.DataType.FLOAT, (layout.rows,), lambda: self._biases(linear)))
+            inputs.append(self.bias(name, linear))
         attributes = {
             "K": layout.columns,
             "N": layout.rows,
@@ -198,42 +209,52 @@ class TableWriter:
     dtype.
 
     16-bit tables are exact and half the size; a Cast follows. onnxruntime folds the head's Cast while it loads, and
-    casts only the gathered rows of the embedding. Measured (50000 x 1024, onnxruntime 1.31): a FusedMatMul with transB
-    on the shared table loads with one prepacked copy; Transpose + MatMul peaks at two.
+    casts only the gathered rows of the embedding. A graph that computes in fp16 holds fp16 tables: its runtimes know
+    no bfloat16.
     """
 
-    def __init__(self, builder: GraphBuilder, source: TensorSource) -> None:
+    def __init__(self, builder: GraphBuilder, source: TensorSource, flavour: Flavour) -> None:
         self._builder = builder
         self._source = source
+        self._flavour = flavour
 
     def table(self, kept: KeptTensor) -> ir.Value:
         """The table [rows, columns] in its stored dtype; a second call gives the same constant."""
         if kept.name in self._builder.constants:
             return self._builder.constants[kept.name]
-        dtype = onnx_dtype(kept.torch_dtype)
-        return self._builder.lazy(kept.name, dtype, kept.shape, lambda: to_numpy(self._source.tensor(kept.name)))
+        dtype = self._stored(kept)
+
+        def read() -> NDArray[Any]:
+            tensor = self._source.tensor(kept.name)
+            return to_numpy(tensor) if dtype == onnx_dtype(kept.torch_dtype) else floats(kept.name, tensor, dtype)
+
+        return self._builder.lazy(kept.name, dtype, kept.shape, read)
 
     def gather(self, name: str, kept: KeptTensor, ids: ir.Value) -> ir.Value:
-        """ids [batch, tokens] -> float32 [batch, tokens, columns]."""
+        """ids [batch, tokens] -> [batch, tokens, columns]."""
         rows = self._builder.op("Gather", name, [self.table(kept), ids], attributes={"axis": 0})[0]
         return self._as_float(f"{name}.float", rows, kept)
 
     def product(self, name: str, value: ir.Value, kept: KeptTensor, bias: KeptTensor | None = None) -> ir.Value:
         """value [.., columns] -> [.., rows]."""
         table = self._as_float(f"{name}.float", self.table(kept), kept)
-        attributes = {"transA": 0, "transB": 1, "alpha": 1.0}
-        product = self._builder.op("FusedMatMul", name, [value, table], domain=MICROSOFT, attributes=attributes)
+        product = self._flavour.table_product(name, value, table, (kept.shape[0], kept.shape[1]))
         if bias is None:
-            return product[0]
+            return product
         addend = self._as_float(f"{name}.bias.float", self.table(bias), bias)
-        return self._builder.op("Add", f"{name}.biased", [*product, addend])[0]
+        return self._builder.op("Add", f"{name}.biased", [product, addend])[0]
 
-    def _as_float(self, name: str, value: ir.Value, kept: KeptTensor) -> ir.Value:
+    def _stored(self, kept: KeptTensor) -> ir.DataType:
         import onnx_ir as ir
 
-        if kept.torch_dtype == torch.float32:
+        half = self._builder.float_type == ir.DataType.FLOAT16
+        return ir.DataType.FLOAT16 if half else onnx_dtype(kept.torch_dtype)
+
+    def _as_float(self, name: str, value: ir.Value, kept: KeptTensor) -> ir.Value:
+        dtype = self._builder.float_type
+        if self._stored(kept) == dtype:
             return value
-        return self._builder.op("Cast", name, [value], attributes={"to": int(ir.DataType.FLOAT)})[0]
+        return self._builder.op("Cast", name, [value], attributes={"to": int(dtype)})[0]
 
 
 def bias_name(weight: str) -> str:

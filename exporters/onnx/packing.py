@@ -121,16 +121,17 @@ def has_float_kernel(grid: Grid) -> bool:
     return CONTAINER[grid.bits] == 4
 
 
-def layout_of(grid: Grid, rows: int, columns: int) -> Layout:
-    """The layout of a weight [rows, columns] of a grid that `refusal_of` lets pass."""
-    return Layout(rows, columns, CONTAINER[grid.bits], block_of(grid, columns), grid.zero == "point")
+def layout_of(grid: Grid, rows: int, columns: int, block: int | None = None) -> Layout:
+    """The layout of a weight [rows, columns] of a grid that `refusal_of` lets pass; `block` None takes `block_of`'s,
+    any other must divide the groups."""
+    return Layout(rows, columns, CONTAINER[grid.bits], block or block_of(grid, columns), grid.zero == "point")
 
 
-def pack(tensor: QuantizedTensor) -> Packed:
-    """Lay out one weight. The padding of a ragged last block holds its zero point: whatever a kernel does with it, it
-    decodes to 0."""
+def pack(tensor: QuantizedTensor, block: int | None = None) -> Packed:
+    """Lay out one weight, `block` as in `layout_of`. The padding of a ragged last block holds its zero point: whatever
+    a kernel does with it, it decodes to 0."""
     grid = tensor.grid
-    layout = layout_of(grid, *tensor.shape)
+    layout = layout_of(grid, *tensor.shape, block)
     stored_zero = 2 ** (layout.bits - 1)
     codes = tensor.codes.numpy() + np.uint8(_shift(grid))
     zeros = None
@@ -153,10 +154,10 @@ def empty(layout: Layout) -> Packed:
     return Packed(np.empty(layout.codes_shape, np.uint8), np.empty(layout.scales_shape, np.float32), zeros)
 
 
-def unpack(packed: Packed, grid: Grid, columns: int) -> QuantizedTensor:
+def unpack(packed: Packed, grid: Grid, columns: int, block: int | None = None) -> QuantizedTensor:
     """The inverse of `pack`. Raises FailedError when the arrays do not hold a weight of this grid."""
     rows = packed.codes.shape[0]
-    layout = layout_of(grid, rows, columns)
+    layout = layout_of(grid, rows, columns, block)
     if (packed.codes.shape, packed.scales.shape) != (layout.codes_shape, layout.scales_shape):
         raise FailedError(
             f"MatMulNBits inputs of shapes {packed.codes.shape} and {packed.scales.shape} do not hold a [{rows}, "

@@ -14,23 +14,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.onnx.dequantize import NODE_SUFFIX, Columns, decoded_weight, from_columns, is_weight
+from exporters.onnx.expert_reader import expert_products, read_experts
+from exporters.onnx.experts import OPERATOR as EXPERTS
 from exporters.onnx.linear import COLUMNS_KEY, GRID_KEY, WEIGHTS_KEY, bias_name
-from exporters.onnx.packing import Packed, split, unpack
+from exporters.onnx.packing import Packed, layout_of, split, unpack
 from signround.errors import FailedError, RefusedError, refuse
 from signround.exporting import missing_packages
 from signround.grid import Grid
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.onnx_files import find_graph
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-GRAPH = "model.onnx"
-DATA = "model.onnx.data"
+SCHEME_KEY = "signround.scheme"  # model metadata: what tells our graphs from others
+ADDED_KEY = "signround.added_to_norms"  # model metadata: what the file adds to the weight of every norm
+DTYPE_KEY = "signround.dtype"  # model metadata: what the graph computes in; absent in files of earlier versions
+LEVEL_KEY = "signround.accuracy_level"  # model metadata: the level that was asked for
 KEPT_SUFFIXES = (".weight", ".bias")  # kept tensors keep their checkpoint name
 PRODUCT, GATHER = "MatMulNBits", "GatherBlockQuantized"
 PLACES = {PRODUCT: (1, 2, 3), GATHER: (0, 2, 3)}  # which inputs are codes, scales, zero points
+DEQUANTIZE_PLACES = (0, 1, 2)
 GATHERED_WEIGHTS = 1 << 24  # of an embedding that are looked up at once
 DECODED_COLUMNS = 256  # inputs decoded at once: bounds the identity matrix and the time, which grows with its square
 
@@ -41,26 +48,37 @@ def _need(*modules: str) -> None:
         raise RefusedError(refusals)
 
 
-def load_graph(folder: Path) -> ir.Model:
-    """The graph of an exported folder; its tensors stay on disk. Raises RefusedError when the folder is not ours."""
+def load_any(folder: Path) -> ir.Model:
+    """The graph of a folder, whoever wrote it; its tensors stay on disk. Raises RefusedError when there is none."""
     _need("onnx_ir")
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
-    path = folder / GRAPH
-    if not path.is_file():
-        raise refuse(f"the folder has no {GRAPH}", "give a folder that `--to onnx` wrote", str(folder))
+    path = find_graph(folder)
     try:
-        model = ir.load(path)
+        return ir.load(path)
     except (DecodeError, ValueError, OSError) as error:
-        raise refuse(f"{GRAPH} is damaged", "export the artifact again", str(folder)) from error
-    if "signround.scheme" not in model.metadata_props:
+        raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
+
+
+def load_graph(folder: Path) -> ir.Model:
+    """The graph of an exported folder. Raises RefusedError when the folder is not ours."""
+    model = load_any(folder)
+    if SCHEME_KEY not in model.metadata_props:
         raise refuse(
-            f"{GRAPH} was not written by signround (its metadata is missing)",
+            f"{find_graph(folder).name} was not written by signround (its metadata is missing)",
             "give a folder that `--to onnx` wrote",
             str(folder),
         )
     return model
+
+
+def added_to(model: ir.Model) -> dict[str, float]:
+    """Norm -> what its stored weight has more than the checkpoint's (`ExportedModel.added`)."""
+    if ADDED_KEY not in model.metadata_props:
+        return {}
+    added = float(model.metadata_props[ADDED_KEY])
+    return {name: added for name in model.graph.initializers if name and name.endswith("norm.weight")}
 
 
 def read_quantized(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
@@ -68,24 +86,33 @@ def read_quantized(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
     where it is the head too."""
     seen: set[str] = set()
     for node in load_graph(folder).graph:
-        if node.op_type not in (PRODUCT, GATHER):
+        if node.op_type == EXPERTS:
+            yield from read_experts(node, _array)
+        if node.op_type not in (PRODUCT, GATHER) and not is_weight(node):
             continue
         weights = json.loads(node.metadata_props[WEIGHTS_KEY])
         if all(name in seen for name, _ in weights):
             continue
         seen |= {name for name, _ in weights}
         grid = Grid.from_json(json.loads(node.metadata_props[GRID_KEY]))
-        inputs = [*node.inputs, None, None][:4]
-        codes, scales, zeros = (
-            None if inputs[place] is None else _array(inputs[place]) for place in PLACES[node.op_type]
-        )
-        if codes is None or scales is None:
-            raise FailedError(f"{folder}: node {node.name} has no weight; export the artifact again.")
-        columns = node.attributes["K"].as_int() if node.op_type == PRODUCT else int(node.metadata_props[COLUMNS_KEY])
-        blocks = codes.reshape(*scales.shape, -1)
-        packed = split(Packed(blocks, scales, zeros), [rows for _, rows in weights])
-        for (name, _), part in zip(weights, packed, strict=True):
+        packed, columns = _packed(node, grid, sum(rows for _, rows in weights))
+        for (name, _), part in zip(weights, split(packed, [rows for _, rows in weights]), strict=True):
             yield name, unpack(part, grid, columns)
+
+
+def _packed(node: ir.Node, grid: Grid, rows: int) -> tuple[Packed, int]:
+    """What a node holds in MatMulNBits' layout, and how many inputs it has."""
+    inputs = [*node.inputs, None, None][:4]
+    places = DEQUANTIZE_PLACES if is_weight(node) else PLACES[node.op_type]
+    codes, scales, zeros = (None if inputs[place] is None else _array(inputs[place]) for place in places)
+    if codes is None or scales is None:
+        raise FailedError(f"node {node.name} has no weight; export the artifact again.")
+    scales = scales.astype(np.float32)
+    if is_weight(node):
+        columns = codes.shape[0]
+        return from_columns(Columns(codes, scales, zeros), layout_of(grid, rows, columns)), columns
+    columns = node.attributes["K"].as_int() if node.op_type == PRODUCT else int(node.metadata_props[COLUMNS_KEY])
+    return Packed(codes.reshape(*scales.shape, -1), scales, zeros), columns
 
 
 def _array(value: ir.Value | None) -> NDArray[Any]:
@@ -98,41 +125,63 @@ def _array(value: ir.Value | None) -> NDArray[Any]:
     array = tensor.numpy().copy()
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
-    return array
+    # ml_dtypes' integers of 2 and 4 bits become those of 8 that hold one of them a byte
+    return array.astype(_BYTES[tensor.dtype.name]) if tensor.dtype.name in _BYTES else array
+
+
+_BYTES = {"INT2": np.int8, "INT4": np.int8, "UINT2": np.uint8, "UINT4": np.uint8}
 
 
 def decode_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, float32) of every tensor: linears as onnxruntime's MatMulNBits decodes them, a quantised
-    embedding as its GatherBlockQuantized does, the others as the onnx package reads them. Where the embedding is the
-    head too, both are decoded; it comes twice when they differ. Shares no code with the packer."""
+    """(checkpoint name, float32) of every tensor: linears as onnxruntime decodes them, a quantised embedding as its
+    GatherBlockQuantized does, the others as the onnx package reads them. Where the embedding is the head too, both are
+    decoded; it comes twice when they differ. Shares no code with the packer."""
     _need("onnx", "onnxruntime")
     import onnx
 
     load_graph(folder)
-    model = onnx.load(str(folder / GRAPH), load_external_data=False)
+    graph = find_graph(folder)
+    model, folder = onnx.load(str(graph), load_external_data=False), graph.parent
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    biases = {node.input[5] for node in model.graph.node if node.op_type == PRODUCT and len(node.input) > 5}
+    biases = _biases(model)
     for name, tensor in constants.items():
-        if name.endswith(KEPT_SUFFIXES) and name not in biases:
+        if name.endswith(KEPT_SUFFIXES) and name not in biases.values():
             yield name, torch.from_numpy(_read(tensor, folder).astype(np.float32))
     tables = {_weights_of(node)[0][0]: node for node in model.graph.node if node.op_type == GATHER}
     for name, node in tables.items():
         yield name, torch.cat([rows for _, rows in _gathered(node, constants, folder)])
     for node in model.graph.node:
-        if node.op_type != PRODUCT:
+        if node.op_type == EXPERTS:
+            for names, product, parts in expert_products(node, lambda name: _read(constants[name], folder)):
+                decoded = _decoded(product, parts, folder)
+                yield from ((name, decoded[place :: len(names)].clone()) for place, name in enumerate(names))
+        if node.op_type != PRODUCT and not is_weight(node):
             continue
         weights = _weights_of(node)
-        weight = _decoded(node, constants, folder)
+        if is_weight(node):
+            weight = decoded_weight(node, [_read(constants[name], folder) for name in node.input])
+        else:
+            weight = _decoded(node, constants, folder)
         table = tables.get(weights[0][0])
         if table and all(torch.equal(weight[part], rows) for part, rows in _gathered(table, constants, folder)):
             continue
-        bias = _read(constants[node.input[5]], folder) if len(node.input) > 5 else None
+        bias = _read(constants[biases[node.name]], folder).astype(np.float32) if node.name in biases else None
         end = 0
         for name, rows in weights:
             start, end = end, end + rows
             yield name, weight[start:end].clone()
             if bias is not None:
                 yield bias_name(name), torch.from_numpy(bias[start:end].copy())
+
+
+def _biases(model: onnx.ModelProto) -> dict[str, str]:
+    """Node that holds weights -> the constant that is their bias."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = {node.name: node.input[5] for node in model.graph.node if node.op_type == PRODUCT and len(node.input) > 5}
+    standard = {
+        node.name: node.name.removesuffix(NODE_SUFFIX) + ".bias" for node in model.graph.node if is_weight(node)
+    }
+    return found | {node: bias for node, bias in standard.items() if bias in constants}
 
 
 def _weights_of(node: onnx.NodeProto) -> list[tuple[str, int]]:
@@ -161,6 +210,7 @@ def _decoded(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], folde
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     block, columns, bits = attributes["block_size"], attributes["K"], attributes["bits"]
     codes, scales, *zeros = (_read(constants[name], folder) for name in node.input[1:4] if name)
+    scales = scales.astype(np.float32)  # those of an fp16 graph: the product would be rounded
     step = max(8 // bits, DECODED_COLUMNS // block)
     step += -step % (8 // bits)
     weight = torch.empty(attributes["N"], columns)
@@ -188,6 +238,7 @@ def _gathered(
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     properties = {entry.key: entry.value for entry in node.metadata_props}
     codes, scales, *zeros = (_read(constants[name], folder) for name in [node.input[0], *node.input[2:]])
+    scales = scales.astype(np.float32)
     rows, columns = codes.shape[0], int(properties[COLUMNS_KEY])
     step = max(1, GATHERED_WEIGHTS // columns)
     for start in range(0, rows, step):

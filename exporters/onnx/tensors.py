@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from signround.errors import FailedError
 from signround.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -45,3 +47,19 @@ def to_numpy(tensor: Tensor) -> NDArray[Any]:
 
     bits: NDArray[Any] = tensor.contiguous().view(torch.uint16).numpy()
     return bits.view(ml_dtypes.bfloat16)
+
+
+def floats(name: str, tensor: Tensor, dtype: ir.DataType) -> NDArray[Any]:
+    """The tensor `name` as float32 or float16, whichever `dtype` is. Raises FailedError when float16 cannot hold it."""
+    exact = tensor.to(torch.float32)
+    if dtype.numpy() == np.float32:
+        array: NDArray[Any] = exact.numpy()
+        return array
+    half = exact.half()
+    if not torch.equal(half.isfinite(), exact.isfinite()):
+        raise FailedError(
+            f"onnx: {name} has values up to {exact.abs().max().item():.3g}, and fp16 ends at 65504; "
+            "export with `--set onnx.dtype=fp32`."
+        )
+    halves: NDArray[Any] = half.numpy()
+    return halves

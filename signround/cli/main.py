@@ -67,6 +67,9 @@ GgufTemplate = Annotated[
         help="A float .gguf of llama.cpp's converter: take its metadata, tokenizer and names (gguf.template)."
     ),
 ]
+Layout = Annotated[
+    str | None, typer.Option(help="How the ONNX folder is laid out: genai or transformers.js (onnx.layout).")
+]
 Text = Annotated[Path | None, typer.Option(help="A text to evaluate on.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, and nothing else there.")]
 
@@ -91,6 +94,7 @@ def quantize(
     text: Text = None,
     split_max_size: SplitMaxSize = None,
     gguf_template: GgufTemplate = None,
+    layout: Layout = None,
     setting: Setting = None,
     as_json: Json = False,
 ) -> None:
@@ -104,7 +108,7 @@ def quantize(
             model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
             seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device,
             tensor_types=tensor_type or (), imatrix=imatrix, text=text,
-            options=_options(setting, split_max_size, gguf_template), on_event=progress,
+            options=_options(setting, split_max_size, gguf_template, layout), on_event=progress,
         )  # fmt: skip
     if as_json:
         print_json(result)
@@ -135,6 +139,7 @@ def plan(
     imatrix: Imatrix = None,
     split_max_size: SplitMaxSize = None,
     gguf_template: GgufTemplate = None,
+    layout: Layout = None,
     setting: Setting = None,
     as_json: Json = False,
 ) -> None:
@@ -146,7 +151,8 @@ def plan(
     job = pipeline.prepare(
         model, scheme, out, to or (), method=method, recipe=recipe, calibration=calibration, samples=samples,
         seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed, device=device,
-        tensor_types=tensor_type or (), imatrix=imatrix, options=_options(setting, split_max_size, gguf_template),
+        tensor_types=tensor_type or (), imatrix=imatrix,
+        options=_options(setting, split_max_size, gguf_template, layout),
     )  # fmt: skip
     description = describe(job)
     if as_json:
@@ -162,6 +168,7 @@ def export(
     out: Out,
     split_max_size: SplitMaxSize = None,
     gguf_template: GgufTemplate = None,
+    layout: Layout = None,
     setting: Setting = None,
     as_json: Json = False,
 ) -> None:
@@ -170,10 +177,14 @@ def export(
     from signround.cli.output import print_json, print_lines
     from signround.cli.progress import ProgressDisplay
 
-    options = _options(setting, split_max_size, gguf_template)
-    for flag, value in (("--split-max-size", split_max_size), ("--gguf-template", gguf_template)):
-        if value is not None and to != "gguf":
-            raise refuse(f"{flag} is an option of gguf, the format is {to}", "leave it out", flag)
+    options = _options(setting, split_max_size, gguf_template, layout)
+    flags = (
+        ("--split-max-size", split_max_size, "gguf"), ("--gguf-template", gguf_template, "gguf"),
+        ("--layout", layout, "onnx"),
+    )  # fmt: skip
+    for flag, value, format in flags:
+        if value is not None and to != format:
+            raise refuse(f"{flag} is an option of {format}, the format is {to}", "leave it out", flag)
     if any(name != to for name in options):
         raise refuse(f"--set names another format than {to}", f"write --set {to}.OPTION=VALUE", "--set")
     with ProgressDisplay() as progress:
@@ -267,14 +278,19 @@ def schemes(as_json: Json = False) -> None:
 
 
 def _options(
-    settings: list[str] | None, split_max_size: str | None = None, gguf_template: Path | None = None
+    settings: list[str] | None,
+    split_max_size: str | None = None,
+    gguf_template: Path | None = None,
+    layout: str | None = None,
 ) -> dict[str, dict[str, str]]:
-    """`--set gguf.float_type=f16` -> {"gguf": {"float_type": "f16"}}; the other two have flags of their own."""
+    """`--set gguf.float_type=f16` -> {"gguf": {"float_type": "f16"}}; the others have flags of their own."""
     options: dict[str, dict[str, str]] = {}
     if split_max_size is not None:
         options.setdefault("gguf", {})["split_max_size"] = split_max_size
     if gguf_template is not None:
         options.setdefault("gguf", {})["template"] = str(gguf_template)
+    if layout is not None:
+        options.setdefault("onnx", {})["layout"] = layout
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         name, dot, option = key.partition(".")

@@ -90,7 +90,11 @@ class GenaiRuntime:
         if self._model is None:
             raise FailedError(f"{self._folder}: the runtime is closed.")
         parameters = onnxruntime_genai.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=len(prompt) + more, batch_size=1, do_sample=False)
+        # genai_config.json may hold how its publisher samples the model: here the likeliest token, nothing else.
+        parameters.set_search_options(
+            max_length=len(prompt) + more, batch_size=1, do_sample=False, repetition_penalty=1.0,
+            no_repeat_ngram_size=0, min_length=0,
+        )  # fmt: skip
         try:
             generator = onnxruntime_genai.Generator(self._model, parameters)
             generator.append_tokens(prompt.numpy().astype(np.int32))

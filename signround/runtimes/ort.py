@@ -1,13 +1,18 @@
-"""Logits from onnxruntime: an exported folder (model.onnx with input_ids, attention_mask and past keys and values).
+"""Logits from onnxruntime: an exported folder, whose graph takes input_ids, attention_mask and past keys and values.
 
 The accuracy_level of the file can be overridden for one session: at 0 the matrix products run in float32, which is the
-oracle for what int8 activations (level 4) cost. Runs on the CPU; refuses graphs that are not such decoders.
+oracle for what int8 activations (level 4) cost. Weights in DequantizeLinear have no level in the file: onnxruntime
+takes it from the session, which is asked here for the level that the file was written for. Either flavour runs, with
+float32 or fp16 activations; `position_ids` are fed where a graph wants them. On the CPU; refuses graphs that are not
+such decoders.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +20,23 @@ import torch
 from torch import Tensor
 
 from signround.errors import FailedError, refuse
+from signround.runtimes.onnx_files import find_graph
 from signround.runtimes.protocol import Speed
 from signround.runtimes.speed import any_tokens, best_speed
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
     import onnxruntime
+    from numpy.typing import NDArray
 
-GRAPH = "model.onnx"
 LOGIT_BYTES = 128 * 2**20  # of one batch: windows are batched up to this
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}  # of a cache: onnxruntime's name -> numpy's
+LEVELLED = ("MatMulNBits", "QMoE")
+NO_PREPACKING = "session.disable_prepacking"
 QUIET = 3  # log severity: errors only; they reach the caller as exceptions anyway
+FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+LEVEL_KEY = "signround.accuracy_level"  # model metadata of files with DequantizeLinear
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -42,43 +54,68 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
         ) from error
     from google.protobuf.message import DecodeError
 
-    path = folder / GRAPH
-    if not path.is_file():
-        raise refuse(f"the folder has no {GRAPH}", "give a folder that `--to onnx` wrote", str(folder))
+    path = find_graph(folder)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
-        raise refuse(f"{GRAPH} is damaged", "export the artifact again", str(folder)) from error
+        raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
+    options = onnxruntime.SessionOptions()
     if accuracy_level is not None:
         set_accuracy_level(model, accuracy_level)
-    levels = sorted({attribute.i for attribute in _accuracy_levels(model)})
-    options = onnxruntime.SessionOptions()
+    if accuracy_level == 0 and _has_coarse_experts(model):
+        options.add_session_config_entry(NO_PREPACKING, "1")
     options.log_severity_level = QUIET
     options.intra_op_num_threads = threads
-    options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent.resolve()))
+    levels = {attribute.i for attribute in _accuracy_levels(model)}
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        fused = _written_level(model) if accuracy_level is None else accuracy_level
+        options.add_session_config_entry(FUSED_LEVEL, str(fused))
+        levels.add(fused)
     try:
         # The graph goes in as bytes, its tensors stay in the folder (memory-mapped): no second file, no copy.
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except _ort_errors() as error:
         raise FailedError(f"{folder}: onnxruntime cannot load the model ({_first_line(error)}).") from error
-    written = "/".join(map(str, levels)) or "none"
+    written = "/".join(map(str, sorted(levels))) or "none"
     return OnnxRuntime(session, f"onnxruntime {onnxruntime.__version__}, accuracy_level {written}", folder)
 
 
 def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:
-    """Set accuracy_level of every MatMulNBits node, in place."""
+    """Set accuracy_level of every MatMulNBits and QMoE node, in place."""
     for attribute in _accuracy_levels(model):
         attribute.i = level
 
 
+def _has_coarse_experts(model: onnx.ModelProto) -> bool:
+    """Whether experts compute with int8 activations at every level: QMoE's packed kernels of 8 bits do. Not packed,
+    their weights are decoded to float32 on each call: slow, and exact (measured with onnxruntime 1.31)."""
+    experts = (node for node in model.graph.node if node.op_type == "QMoE")
+    attributes = (attribute for node in experts for attribute in node.attribute)
+    return any(attribute.name == "expert_weight_bits" and attribute.i == 8 for attribute in attributes)
+
+
 def _accuracy_levels(model: onnx.ModelProto) -> Iterator[Any]:
     for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
+        if node.op_type in LEVELLED:
             yield from (attribute for attribute in node.attribute if attribute.name == "accuracy_level")
 
 
+def _written_level(model: onnx.ModelProto) -> int:
+    return next((int(entry.value) for entry in model.metadata_props if entry.key == LEVEL_KEY), 4)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of a batch as onnxruntime holds them, in the order of the graph's inputs, and the attention mask
+    of their tokens, int64 [batch, past]."""
+
+    values: tuple[onnxruntime.OrtValue, ...]
+    mask: Tensor
+
+
 class OnnxRuntime:
-    """A loaded decoder; fulfils `Runtime`. One forward pass a batch of windows, without past."""
+    """A loaded decoder; fulfils `Runtime`, and takes steps on a cache."""
 
     affordable_positions: int | None = None
 
@@ -86,12 +123,21 @@ class OnnxRuntime:
         self.name = name
         self._session: onnxruntime.InferenceSession | None = session
         self._folder = folder
-        shapes = {value.name: value.shape for value in session.get_inputs()}
-        self._past = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        inputs = {value.name: value for value in session.get_inputs()}
+        self._past = {
+            name: _sizes(value.shape, folder) for name, value in inputs.items() if name.startswith("past_key_values.")
+        }
+        self._dtypes = {name: DTYPES.get(inputs[name].type, "") for name in self._past}
+        self._wants_positions = "position_ids" in inputs
         width = next((value.shape[-1] for value in session.get_outputs() if value.name == "logits"), None)
-        if not {"input_ids", "attention_mask"} <= shapes.keys() or not isinstance(width, int):
+        if (
+            not {"input_ids", "attention_mask"} <= inputs.keys()
+            or not isinstance(width, int)
+            or "" in self._dtypes.values()
+            or (0, 0) in self._past.values()
+        ):
             raise refuse(
-                "the graph is not a decoder with input_ids, attention_mask and logits",
+                "the graph is not a decoder with input_ids, attention_mask, logits and a cache of float32 or fp16",
                 "give a folder that `--to onnx` wrote",
                 str(folder),
             )
@@ -102,7 +148,7 @@ class OnnxRuntime:
         _, tokens = windows.shape
         size = max(1, LOGIT_BYTES // (tokens * self.vocabulary * 4))
         for start in range(0, len(windows), size):
-            yield self._forward(windows[start : start + size])
+            yield self.step(windows[start : start + size])[0]
 
     def speed(self, prompt: int = 128, new: int = 16) -> Speed | None:
         """See `Runtime.speed`; keys and values stay where onnxruntime made them and are the next step's past."""
@@ -110,30 +156,36 @@ class OnnxRuntime:
 
         def one_pass() -> tuple[float, float]:
             started = time.perf_counter()
-            past, _ = self._step(tokens[:prompt], 0, None)
+            _, cache = self._stepped(torch.tensor([tokens[:prompt]]))
             read = time.perf_counter()
-            for position in range(prompt, prompt + new):
-                past, _ = self._step(tokens[position : position + 1], position, past)
+            for token in tokens[prompt:]:
+                _, cache = self._stepped(torch.tensor([[token]]), cache)
             return read - started, time.perf_counter() - read
 
         return best_speed(one_pass, prompt, new)
 
-    def _step(
-        self, tokens: list[int], position: int, past: list[onnxruntime.OrtValue] | None
-    ) -> tuple[list[onnxruntime.OrtValue], onnxruntime.OrtValue]:
-        """Run one sequence's `tokens` from `position` on -> the new past, in the order of `self._past`, and logits."""
-        import numpy as np
-        from onnxruntime import OrtValue
+    def step(self, tokens: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """Read `tokens` int64 [batch, tokens] after those of `cache` -> float32 logits [batch, tokens, vocabulary], and
+        the cache with them. `mask` int64 like `tokens` is 0 where padding stands; where it may stand is the flavour's
+        matter (contrib: at a row's end, without a cache), and so is a batch of several with a cache and several tokens.
 
+        Raises FailedError when onnxruntime cannot run it.
+        """
+        logits, longer = self._stepped(tokens, cache, mask)
+        return torch.from_numpy(logits.numpy()).float(), longer
+
+    def _stepped(
+        self, tokens: Tensor, cache: Cache | None = None, mask: Tensor | None = None
+    ) -> tuple[onnxruntime.OrtValue, Cache]:
+        """As `step`; keys and values stay where onnxruntime made them."""
         session = self._opened()
-        if past is None:
-            empty = {(1, heads, 0, size) for _, heads, _, size in self._past.values()}
-            zeros = {shape: OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in empty}
-            past = [zeros[1, heads, 0, size] for _, heads, _, size in self._past.values()]
+        mask = torch.ones_like(tokens) if mask is None else mask
+        mask = mask if cache is None else torch.cat([cache.mask, mask], dim=1)
+        values = self._empty(len(tokens)) if cache is None else cache.values
         binding = session.io_binding()
-        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((1, position + len(tokens)), np.int64))
-        for name, value in zip(self._past, past, strict=True):
+        for name, array in self._fed(tokens, mask).items():
+            binding.bind_cpu_input(name, array)
+        for name, value in zip(self._past, values, strict=True):
             binding.bind_ortvalue_input(name, value)
             binding.bind_output(name.replace("past_key_values.", "present."), "cpu")
         binding.bind_output("logits", "cpu")
@@ -142,7 +194,23 @@ class OnnxRuntime:
         except _ort_errors() as error:
             raise self._cannot_run(error) from error
         *present, logits = binding.get_outputs()  # in the order in which they were bound
-        return present, logits
+        return logits, Cache(tuple(present), mask)
+
+    def _fed(self, tokens: Tensor, mask: Tensor) -> dict[str, NDArray[np.int64]]:
+        """What every call feeds beside keys and values; `mask` is that of past and tokens."""
+        feeds = {"input_ids": tokens, "attention_mask": mask}
+        if self._wants_positions:
+            feeds["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        return {name: tensor.contiguous().numpy() for name, tensor in feeds.items()}
+
+    def _empty(self, batch: int) -> tuple[onnxruntime.OrtValue, ...]:
+        import numpy as np
+        from onnxruntime import OrtValue
+
+        return tuple(
+            OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, size), self._dtypes[name]))
+            for name, (heads, size) in self._past.items()
+        )
 
     def _opened(self) -> onnxruntime.InferenceSession:
         if self._session is None:
@@ -152,23 +220,19 @@ class OnnxRuntime:
     def _cannot_run(self, error: Exception) -> FailedError:
         return FailedError(f"{self._folder}: onnxruntime cannot run the model ({_first_line(error)}).")
 
-    def _forward(self, batch: Tensor) -> Tensor:
-        import numpy as np
-
-        session = self._opened()
-        count, _ = batch.shape
-        feeds = {"input_ids": batch.numpy(), "attention_mask": np.ones(tuple(batch.shape), np.int64)}
-        for name, (_, heads, _, size) in self._past.items():
-            feeds[name] = np.zeros((count, heads, 0, size), np.float32)
-        try:
-            (logits,) = session.run(["logits"], feeds)
-        except _ort_errors() as error:
-            raise self._cannot_run(error) from error
-        return torch.from_numpy(logits)
-
     def close(self) -> None:
         """See `Runtime.close`."""
         self._session = None
+
+
+def _sizes(shape: Sequence[int | str | None], folder: Path) -> tuple[int, int]:
+    """Heads and values of a head in one cache; (0, 0) when nobody says. The builder of onnxruntime-genai leaves the
+    second out of the graph, genai_config.json has it."""
+    heads, size = shape[1], shape[3]
+    config = folder / "genai_config.json"
+    if isinstance(heads, int) and not isinstance(size, int) and config.is_file():
+        size = json.loads(config.read_text())["model"]["decoder"]["head_size"]
+    return (heads, size) if isinstance(heads, int) and isinstance(size, int) else (0, 0)
 
 
 def _ort_errors() -> tuple[type[Exception], ...]:

@@ -10,6 +10,7 @@ from signround.artifact import QuantizedCheckpoint, is_artifact
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import refuse
 from signround.runtimes.gguf_files import model_files
+from signround.runtimes.onnx_files import graphs_in
 from signround.runtimes.protocol import Runtime
 
 Kind = Literal["artifact", "gguf", "onnx", "gptq", "checkpoint"]
@@ -24,7 +25,7 @@ def kind_of(path: Path) -> Kind:
             return "artifact"
         if list(path.glob("*.gguf")):
             return "gguf"
-        if (path / "genai_config.json").is_file() or (path / "model.onnx").is_file():
+        if (path / "genai_config.json").is_file() or _is_onnx(path):
             return "onnx"
         if (path / "config.json").is_file():
             return "gptq" if _is_gptq(path / "config.json") else "checkpoint"
@@ -60,6 +61,12 @@ def open_target(path: Path, device: str = "cpu") -> Runtime:
     from signround.runtimes.gptq import open_gptq
 
     return open_gptq(path)
+
+
+def _is_onnx(path: Path) -> bool:
+    """A checkpoint of the hub may carry graphs of transformers.js beside its weights: it is read as the checkpoint."""
+    graphs = graphs_in(path)
+    return bool(graphs) and (graphs[0].parent == path or not list(path.glob("*.safetensors")))
 
 
 def _is_gptq(config: Path) -> bool:

@@ -42,6 +42,12 @@ MIXED = [
     ("qwen2", "w4g32", [("attn_v", "w3g32"), ("down_proj", "w4g64-asym"), ("lm_head", "w3gc-asym")]),
     ("mistral", "w4g32", [("lm_head", "float"), (r"blk\.[01]\.ffn", "w3g128"), ("attn_output", "w2g32")]),
     ("qwen3", "w2g64", [(r"layers\.0\.", "w8g32"), ("lm_head", "q8_0")]),
+    # gathered rows are multiplied, logits divided and capped; norms are the weight + 1
+    ("gemma2", "w4g32", [("lm_head", "w4g32-asym")]),
+    ("gemma3", "w4g32", [("embed", "w8g32")]),
+    ("granite", "w4g32", [("embed", "w3g32"), ("mlp", "w2g64")]),
+    ("olmo2", "w4g32", [("embed", "w2g32"), ("lm_head", "w8g32")]),
+    ("phi3", "w4g32", [("qkv", "w8g32"), ("lm_head", "w4g128"), ("embed", "w4g128")]),
 ]  # fmt: skip
 Maker = Callable[[str, str, Overrides], tuple[QuantizedCheckpoint, Path]]
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exporters.onnx.saving import save_graph
 
 from exporters.onnx import linear
 from exporters.onnx.builder import GraphBuilder

@@ -1,14 +1,18 @@
-"""Export of an artifact of Llama-3-8B's shape to GGUF: seconds, throughput, peak memory. The door is
+"""Exports of artifacts of Llama-3-8B's shape to GGUF and ONNX: seconds, throughput, peak memory. The door is
 
     python benchmarks/memory.py --large
 
 No model of that size is needed: codes and fields are drawn at random, one tensor in memory at a time, straight into an
 artifact, from a plan that was made of config.json and shapes alone. The tokenizer is the bundled model's, grown to
-128256 tokens by random merges. The export runs in a fresh process through `signround.pipeline.export`, as a user's does
-(hashes of the artifact checked first), and asks the operating system for its peak (VmHWM, interpreter and libraries
-included). `plain` is a sequential write and fsync of as many bytes to the same disk, the faster of two, one before and
-one after. The artifact was just written: it is read from the page cache where memory suffices. Ends with code 1 when
-the peak is not below PEAK_BYTES, with 2 when the disk is too small. Everything is deleted.
+the vocabulary by random merges. The export runs in a fresh process through `signround.pipeline.export`, as a user's
+does (hashes of the artifact checked first), and asks the operating system for its peak (VmHWM, interpreter and
+libraries included). `plain` is a sequential write and fsync of as many bytes to the same disk, the faster of two, one
+before and one after. The artifact was just written: it is read from the page cache where memory suffices. Ends with
+code 1 when a peak is not below that of its case, with 2 when the disk is too small. Everything is deleted.
+
+The ONNX case has 14 of the 32 blocks and a vocabulary of 32000 (its tables are one tensor each, and one tensor is in
+memory at a time; 128256 rows of 4096 are more than 1 GB). Its tensors are one file of more than 2 GiB, which no
+protobuf can hold; onnxruntime loads it in a fresh process and runs one window, whose logits must be finite.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,8 +45,7 @@ from signround.plan import CalibrationSpec, KeptTensor, LayerPlan, ModelPlan, ma
 from signround.qtensor import QuantizedTensor
 from signround.recipes import settings_for
 
-PEAK_BYTES = 1_500_000_000
-SCHEMES = ("q4_k_m", "w4g32")  # embedding and head quantised, and kept in bfloat16
+WINDOW = 32  # tokens that are run through the ONNX file
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "llama-4m"
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -50,6 +54,24 @@ LLAMA_3_8B = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One export. `peak` is what it must stay below; `blocks` is the default of --layers."""
+
+    scheme: str
+    to: str
+    peak: int
+    blocks: int = 32
+    vocabulary: int = LLAMA_3_8B["vocab_size"]
+
+
+CASES = (
+    Case("q4_k_m", "gguf", 1_500_000_000),  # embedding and head quantised
+    Case("w4g32", "gguf", 1_500_000_000),  # embedding and head kept in bfloat16
+    Case("w4g32", "onnx", 1_000_000_000, 14, 32000),
+)
 ENDS = ("eos_token_id", "pad_token_id")
 SPARE = 1.05  # of the disk space that is needed
 PIECE = 16 << 20  # bytes of a plain write at a time
@@ -70,12 +92,18 @@ class ShapesOnly(SourceCheckpoint):
         return "0" * 64
 
 
-def write_shape(folder: Path, layers: int, scale: int) -> ShapesOnly:
-    """config.json and tokenizer of Llama-3-8B with `layers` blocks, every size divided by `scale`."""
+def sizes_of(case: Case, layers: int, scale: int) -> dict[str, int]:
+    """Llama-3-8B's with `layers` blocks and the vocabulary of the case, every width divided by `scale`."""
+    widths = LLAMA_3_8B | {"vocab_size": case.vocabulary}
+    sizes = {key: max(1, size // scale) for key, size in widths.items()}
+    return sizes | {"num_hidden_layers": layers, "head_dim": 128}
+
+
+def write_shape(folder: Path, sizes: Mapping[str, int], *, tied: bool = False) -> ShapesOnly:
+    """config.json and tokenizer of a Llama of these `sizes` (fields of config.json)."""
     folder.mkdir(parents=True)
     config: dict[str, Any] = json.loads((TOKENIZER / "config.json").read_text())
-    sizes = {key: max(1, size // scale) for key, size in LLAMA_3_8B.items()}
-    config |= sizes | {"num_hidden_layers": layers, "head_dim": 128, "tie_word_embeddings": False}
+    config |= {**sizes, "tie_word_embeddings": tied}
     config |= {"bos_token_id": sizes["vocab_size"] - 2} | dict.fromkeys(ENDS, sizes["vocab_size"] - 1)
     config |= {"max_position_embeddings": 8192, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -127,6 +155,12 @@ def random_kept(kept: KeptTensor) -> torch.Tensor:
     return torch.empty(kept.shape, dtype=kept.torch_dtype).uniform_(-0.02, 0.02)
 
 
+def random_plan(checkpoint: SourceCheckpoint, scheme: str) -> ModelPlan:
+    """A plan for an artifact that nothing is tuned for; `scheme` may be a file type of llama.cpp."""
+    settings = settings_for("rtn", context=8192, samples=2, seqlen=16)
+    return make_plan(checkpoint, scheme, settings, CalibrationSpec("self"), mixes=True)
+
+
 def write_random_artifact(checkpoint: SourceCheckpoint, plan: ModelPlan, folder: Path) -> None:
     """An artifact as tuning writes it, of random integers; one block in memory at a time."""
     draw = np.random.default_rng(0)
@@ -168,10 +202,10 @@ class Watch:
             self.writing, self.before = time.monotonic(), peak_memory()[0]
 
 
-def measured_export(artifact: Path, out: Path) -> dict[str, float]:
+def measured_export(to: str, artifact: Path, out: Path) -> dict[str, float]:
     """One export in this process, which must be fresh."""
     watch = Watch()
-    exported = export(artifact, "gguf", out, on_event=watch)
+    exported = export(artifact, to, out, on_event=watch)
     ended = time.monotonic()
     return {
         "bytes": sum(path.stat().st_size for path in exported.files),
@@ -182,9 +216,24 @@ def measured_export(artifact: Path, out: Path) -> dict[str, float]:
     }
 
 
-def in_fresh_process(artifact: Path, out: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, str(artifact), str(out)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+def measured_run(folder: Path) -> dict[str, float]:
+    """Load an ONNX folder in this process, which must be fresh, and run one window through it."""
+    from signround.runtimes.ort import open_onnxruntime
+
+    started = time.monotonic()
+    runtime = open_onnxruntime(folder, threads=1)
+    loaded = time.monotonic()
+    (logits,) = next(runtime.logits(torch.arange(WINDOW)[None] % runtime.vocabulary))
+    ended = time.monotonic()
+    if not logits.isfinite().all() or logits.std() == 0:
+        sys.exit(f"{folder}: the logits are not those of a model")
+    return {"loading": loaded - started, "running": ended - loaded, "run_peak": peak_memory()[0]}
+
+
+def in_fresh_process(*arguments: str | Path) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
+    )
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -199,27 +248,32 @@ def enough_disk(folder: Path, plan: ModelPlan, exporter: Exporter) -> None:
         sys.exit(2)
 
 
-def measure(scheme: str, folder: Path, layers: int, scale: int) -> dict[str, Any]:
-    """Build, export, compare with plain writing, delete."""
-    checkpoint = write_shape(folder / "model", layers, scale)
-    settings = settings_for("rtn", context=8192, samples=2, seqlen=16)
-    plan = make_plan(checkpoint, scheme, settings, CalibrationSpec("self"), mixes=True)
-    exporter = make_exporters(["gguf"])[0]
+def measure(case: Case, folder: Path, layers: int, scale: int) -> dict[str, Any]:
+    """Build, export, compare with plain writing, run what can be run here, delete."""
+    checkpoint = write_shape(folder / "model", sizes_of(case, layers, scale))
+    plan = random_plan(checkpoint, case.scheme)
+    exporter = make_exporters([case.to])[0]
     enough_disk(folder, plan, exporter)
     started = time.monotonic()
     write_random_artifact(checkpoint, plan, folder / "artifact")
     building = time.monotonic() - started
     plain = plain_write(folder / "plain", exporter.estimated_bytes(plan))
-    found = in_fresh_process(folder / "artifact", folder / "out")
+    found = in_fresh_process(case.to, folder / "artifact", folder / "out")
+    if case.to == "onnx":
+        shutil.rmtree(folder / "artifact")
+        found |= in_fresh_process("run", folder / "out")
+    largest = max(path.stat().st_size for path in (folder / "out").iterdir())
     shutil.rmtree(folder / "out")
     plain = min(plain, plain_write(folder / "plain", int(found["bytes"])))
-    return {"scheme": scheme, "parameters": plan.parameters, "building": building, "plain": plain, **found}
+    row = {"scheme": case.scheme, "to": case.to, "parameters": plan.parameters, "building": building, "plain": plain}
+    return row | {"largest_file": largest, **found}
 
 
-def table(folder: Path | None, layers: int, scale: int, json_file: Path | None) -> None:
-    """Measure and print every scheme; exit code 1 when one takes too much memory."""
+def table(folder: Path | None, layers: int | None, scale: int, json_file: Path | None, only: Sequence[str]) -> None:
+    """Measure and print every case whose format is asked for; exit code 1 when one takes too much memory."""
     heads = (
         "scheme",
+        "format",
         "weights",
         "file GB",
         "seconds",
@@ -232,21 +286,33 @@ def table(folder: Path | None, layers: int, scale: int, json_file: Path | None) 
         "peak MB",
     )
     print(" ".join(f"{head:>8}" for head in heads))
-    rows = []
-    for scheme in SCHEMES:
+    rows, failed = [], []
+    for case in (case for case in CASES if not only or case.to in only):
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            rows.append(measure(scheme, Path(temporary), layers, scale))
+            rows.append(measure(case, Path(temporary), layers or case.blocks, scale))
         print(" ".join(f"{cell:>8}" for cell in _cells(rows[-1])), flush=True)
+        if case.to == "onnx":
+            print(_ran(rows[-1]), flush=True)
+        if rows[-1]["peak"] >= case.peak:
+            failed.append(f"{case.scheme} to {case.to} took {case.peak / 1e6:.0f} MB or more")
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1))
-    if any(row["peak"] >= PEAK_BYTES for row in rows):
-        sys.exit(f"the export took more than {PEAK_BYTES / 1e6:.0f} MB")
+    if failed:
+        sys.exit("; ".join(failed))
+
+
+def _ran(row: Mapping[str, Any]) -> str:
+    return (
+        f"{'':8} onnxruntime loads its {row['largest_file'] / 2**30:.2f} GiB of tensors in {row['loading']:.1f} s, "
+        f"reads {WINDOW} tokens in {row['running']:.1f} s (finite logits, peak {row['run_peak'] / 1e6:.0f} MB)"
+    )
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     weights, size, writing = row["parameters"], row["bytes"], row["writing"]
     return [
         row["scheme"],
+        row["to"],
         f"{weights / 1e9:.2f} G",
         f"{size / 1e9:.2f}",
         f"{row['seconds']:.1f}",
@@ -261,4 +327,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured_export(Path(sys.argv[1]), Path(sys.argv[2]))))
+    work, *paths = sys.argv[1:]
+    places = [Path(path) for path in paths]
+    print(json.dumps(measured_run(*places) if work == "run" else measured_export(work, *places)))

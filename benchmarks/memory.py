@@ -1,7 +1,7 @@
 """Peak memory of every stage of the main job on random models of 8 and 32 layers: one table.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --large    (one export of an artifact of Llama-3-8B's shape: `large_artifact.py`)
+    python benchmarks/memory.py --large    (exports of artifacts of Llama-3-8B's shape: `large_artifact.py`)
 
 Each stage runs in a fresh process through the real pipeline. It first runs on a tiny model, so that every import and
 pool is there, then the high-water mark of the operating system (VmHWM) is reset and the stage runs on the real one;
@@ -223,8 +223,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=None, help="where the models go (default: a temporary folder)")
     parser.add_argument("--only", action="append", help="stages to run (those they need must have run in --folder)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--large", action="store_true", help="one export of an 8 B artifact instead (15 GB of disk)")
-    parser.add_argument("--layers", type=int, default=32, help="of the large artifact")
+    parser.add_argument("--large", action="store_true", help="exports of 8 B artifacts instead (15 GB of disk)")
+    parser.add_argument("--to", action="append", default=[], help="formats of --large, gguf or onnx (default: both)")
+    parser.add_argument("--layers", type=int, help="of the large artifact (default: 32; onnx: 14)")
     parser.add_argument("--scale", type=int, default=1, help="divides the widths of the large artifact")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
@@ -240,7 +241,7 @@ def main() -> None:
     if args.large:
         import large_artifact
 
-        large_artifact.table(args.folder, args.layers, args.scale, args.json)
+        large_artifact.table(args.folder, args.layers, args.scale, args.json, args.to)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = args.folder or Path(temporary)

@@ -1,10 +1,11 @@
 """The `contrib` flavour: norms and attention as onnxruntime's own operators (opset 21, com.microsoft 1).
 
 GroupQueryAttention rotates q and k itself and can grow the KV cache in place; the Skip norm carries the residual. Where
-its rotary kernel cannot (`_rotates_inside`), RotaryEmbedding of the same domain rotates before it.
+its rotary kernel cannot (`rotates_inside`), RotaryEmbedding of the same domain rotates before it.
 Refuses head sizes that the CPU kernel refuses (`refusals`).
 Source: schemas of com.microsoft 1; wiring as in onnxruntime-genai's model builder. Conventions measured on the CPU
-kernel of onnxruntime 1.31: a local window counts the token itself, scores are scaled and then capped.
+kernel of onnxruntime 1.31: a local window counts the token itself (from 1.24 on, see `notes`), scores are scaled and
+then capped.
 """
 
 from __future__ import annotations
@@ -48,6 +49,17 @@ class ContribFlavour:
         problem = f"heads of {architecture.head_dim} are not possible in GroupQueryAttention, which takes multiples of "
         return [Refusal(f"{problem}{HEAD_MULTIPLE}", "choose another model, or export to gguf or gptq", "onnx")]
 
+    @staticmethod
+    def notes(architecture: Architecture) -> list[str]:
+        """What runtimes do otherwise."""
+        windows = {window for window in architecture.windows if window is not None and window < architecture.context}
+        if not windows:
+            return []
+        sizes = " and ".join(map(str, sorted(windows)))
+        return [
+            f"onnx: onnxruntime before 1.24 lets each token see one more than the {sizes} tokens of its sliding window."
+        ]
+
     def norm(self, name: str, value: ir.Value, weight: ir.Value) -> ir.Value:
         """See `Flavour.norm`."""
         attributes = {"axis": -1, "epsilon": self._architecture.norm_epsilon, "stash_type": 1}
@@ -80,7 +92,7 @@ class ContribFlavour:
         architecture, lengths = self._architecture, self._lengths_of(inputs)
         rope, window = architecture.ropes[block], architecture.windows[block]
         table = None if rope is None else self._tables[rope]
-        inside = table is not None and _rotates_inside(architecture.head_dim, table)
+        inside = table is not None and rotates_inside(architecture.head_dim, table)
         if table is not None and not inside:
             projections = self._rotated(name, projections, table, lengths)
         attributes: dict[str, int | float] = {
@@ -126,6 +138,6 @@ class ContribFlavour:
         return self._lengths
 
 
-def _rotates_inside(head_dim: int, table: RotaryTable) -> bool:
+def rotates_inside(head_dim: int, table: RotaryTable) -> bool:
     """Whether GroupQueryAttention's own rotary kernel takes these heads (measured: it refuses all others)."""
     return head_dim % ROTARY_MULTIPLE == 0 and 2 * table.width % ROTARY_MULTIPLE == 0

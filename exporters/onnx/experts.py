@@ -17,9 +17,8 @@ weights and their grids. Source: schema of com.microsoft::QMoE; `accuracy_level`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from exporters.onnx.tensors import TensorSource
 from signround.architecture import BLOCK
 from signround.errors import Refusal
 from signround.files import canonical_json
-from signround.grid import Grid
 from signround.plan import LayerPlan, ModelPlan
 
 if TYPE_CHECKING:
@@ -44,6 +42,7 @@ OPERATOR = "QMoE"
 EXPERTS_KEY = "signround.experts"  # node metadata: JSON list of [gate, up, down], weight names
 GRIDS_KEY = "signround.grids"  # node metadata: JSON list of the grids of fc1 and fc2
 BITS = (4, 8)
+WHOLE_ROWS = 128
 FC1, FC2 = ("fc1", "fc2")
 
 
@@ -87,32 +86,27 @@ def expert_refusals(plan: ModelPlan) -> list[Refusal]:
     """Why QMoE cannot hold the experts of a plan; each reason once."""
     if plan.architecture.mixture is None:
         return []
-    found = []
-    for index in range(plan.architecture.layers):
-        layers = expert_layers(plan, index)
-        if any(len(expert) < 3 for expert in layers):
-            found.append(_refusal("some experts stay unquantised, and QMoE holds quantised ones alone"))
-            continue
-        for kind, grids in (
-            ("gate and up", {layer.grid for expert in layers for layer in expert[:2]}),
-            ("down", {expert[2].grid for expert in layers}),
-        ):
-            if len(grids) > 1:
-                found.append(
-                    _refusal(f"the {kind} linears of a block's experts lie on {len(grids)} grids, QMoE has one")
-                )
-            found += [_bits_refusal(grid) for grid in grids if CONTAINER.get(grid.bits) not in BITS]
-        every = tuple(layer for expert in layers for layer in expert)
-        if len({CONTAINER.get(layer.grid.bits) for layer in every}) > 1:
-            found.append(
-                _refusal("gate, up and down of a block's experts take fields of different widths, QMoE has one")
-            )
-        if _common_block(every) is None:
-            widths = " and ".join(map(str, sorted({layer.columns for layer in every})))
-            found.append(
-                _refusal(f"no block of {', '.join(map(str, BLOCKS))} divides the experts' groups and rows of {widths}")
-            )
-    return list(dict.fromkeys(found))
+    blocks = (expert_layers(plan, index) for index in range(plan.architecture.layers))
+    return list(dict.fromkeys(refusal for experts in blocks for refusal in _block_refusals(experts)))
+
+
+def _block_refusals(experts: Sequence[Sequence[LayerPlan]]) -> Iterator[Refusal]:
+    if any(len(expert) < 3 for expert in experts):
+        yield _refusal("some experts stay unquantised, and QMoE holds quantised ones alone")
+        return
+    every = tuple(layer for expert in experts for layer in expert)
+    outer, inner = ({layer.grid for expert in experts for layer in expert[part]} for part in (slice(2), slice(2, 3)))
+    for kind, grids in (("gate and up", outer), ("down", inner)):
+        if len(grids) > 1:
+            yield _refusal(f"the {kind} linears of a block's experts lie on {len(grids)} grids, QMoE has one")
+    widths = {CONTAINER.get(grid.bits) for grid in outer | inner}
+    if len(widths) > 1:
+        yield _refusal("gate, up and down of a block's experts take fields of different widths, QMoE has one")
+    if 2 in widths:
+        yield _TWO_BITS
+    if _common_block(every) is None:
+        columns = " and ".join(map(str, sorted({layer.columns for layer in every})))
+        yield _refusal(f"no block of {', '.join(map(str, BLOCKS))} divides the experts' groups and rows of {columns}")
 
 
 def expert_notes(plan: ModelPlan) -> list[str]:
@@ -139,14 +133,16 @@ def _refusal(problem: str) -> Refusal:
     return Refusal(problem, "choose a scheme of one grid such as w4g32, or export this model to gguf", "onnx")
 
 
-def _bits_refusal(grid: Grid) -> Refusal:
-    problem = f"experts of {grid.bits} bits are computed with int8 lookup tables by onnxruntime's QMoE at every level"
-    return Refusal(f"{problem}, which cannot be checked", "choose 3, 4 or 8 bits, or export this model to gguf", "onnx")
+_TWO_BITS = Refusal(
+    "onnxruntime's QMoE computes experts of 2 bits with int8 lookup tables at every level, which cannot be checked",
+    "choose 3, 4 or 8 bits, or export this model to gguf",
+    "onnx",
+)
 
 
 def _common_block(layers: Sequence[LayerPlan]) -> int | None:
-    """The largest block that divides every group and every row."""
-    sizes = [size for layer in layers for size in (layer.columns, layer.grid.group or 0)]
+    """The largest block that divides every group and every row; for whole rows at most that of MatMulNBits."""
+    sizes = [size for layer in layers for size in (layer.columns, layer.grid.group or WHOLE_ROWS)]
     common = math.gcd(*sizes)
     return next((block for block in reversed(BLOCKS) if common % block == 0), None)
 
@@ -159,7 +155,7 @@ class ExpertWriter:
         self._builder = builder
         self._source = source
         self._accuracy = accuracy
-        self._packed = lru_cache(maxsize=1)(self._pack)
+        self._latest: tuple[ExpertStack, Packed] | None = None
 
     def add(
         self,
@@ -226,6 +222,12 @@ class ExpertWriter:
         array: Callable[[Packed], NDArray[Any]],
     ) -> ir.Value:
         return self._builder.lazy(f"{stack.name}.{part}", dtype, shape, lambda: array(self._packed(stack)))
+
+    def _packed(self, stack: ExpertStack) -> Packed:
+        if self._latest is None or self._latest[0] is not stack:
+            self._latest = None  # the one before is gone before the next is built
+            self._latest = stack, self._pack(stack)
+        return self._latest[1]
 
     def _pack(self, stack: ExpertStack) -> Packed:
         """All experts of a stack, expert by expert into its place."""

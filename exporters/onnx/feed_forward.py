@@ -34,8 +34,16 @@ def gated_network(
 
 
 def _gate_and_up(parts: DecoderParts, prefix: str, names: list[str], normed: ir.Value) -> list[ir.Value]:
-    if not parts.has(prefix, PACKED):
-        return [parts.linear(prefix, name, normed) for name in names]
-    packed = parts.linear(prefix, PACKED, normed)
-    widths = parts.builder.constant("constant.gate_up", np.array([parts.architecture.intermediate] * 2, np.int64))
-    return parts.builder.op("Split", f"{prefix}mlp.apart", [packed, widths], outputs=2, attributes={"axis": -1})
+    """Through one node where the checkpoint has one, or their layouts agree: the input is rounded once."""
+    module, width = names[0].rpartition(".")[0], parts.architecture.intermediate
+    if parts.has(prefix, PACKED):
+        packed = parts.linear(prefix, PACKED, normed)
+    else:
+        layers = parts.together(prefix, names)
+        if layers is None:
+            return [parts.linear(prefix, name, normed) for name in names]
+        biased, width = parts.architecture.has_bias(names[0]), layers[0].rows
+        packed = parts.linears.add(f"{prefix}{module}.gate_up_proj", normed, layers, biased)
+    widths = parts.builder.constant(f"constant.gate_up.{width}", np.array([width] * 2, np.int64))
+    name = f"{prefix}{module}.apart"
+    return parts.builder.op("Split", name, [packed, widths], outputs=2, attributes={"axis": -1})

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.onnx.checker import problems_of
-from exporters.onnx.node_rules import RULES
 from exporters.onnx.reader import SCHEME_KEY, load_any
 from signround.runtimes.onnx_files import find_graph
 
@@ -18,8 +17,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SHOWN = ("bits", "block_size", "accuracy_level")
-ZERO_POINTS = {"MatMulNBits": 3, "GatherBlockQuantized": 3, "DequantizeLinear": 2}
-WEIGHTS = {"MatMulNBits": 1, "GatherBlockQuantized": 0, "DequantizeLinear": 0}
+PLACES = {  # of weights and zero points among the inputs
+    "MatMulNBits": ((1, 3),), "GatherBlockQuantized": ((0, 3),), "DequantizeLinear": ((0, 2),),
+    "QMoE": ((2, 11), (5, 12)),
+}  # fmt: skip
 
 
 def inspected(folder: Path) -> dict[str, Any]:
@@ -47,19 +48,26 @@ def quantised_operators(model: ir.Model) -> list[dict[str, Any]]:
     """One entry for each kind of quantised node: its attributes, how many there are, how many weights they hold."""
     counts: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
     for node in model.graph:
-        weight = _constant(node, WEIGHTS[node.op_type]) if node.op_type in RULES else None
-        if weight is None:
+        weights = [_constant(node, weight) for weight, _ in PLACES.get(node.op_type, ())]
+        present = [weight for weight in weights if weight is not None]
+        if not present:
             continue
-        shown = tuple(node.attributes[name].as_int() if name in node.attributes else None for name in SHOWN)
-        zeros = _constant(node, ZERO_POINTS[node.op_type]) is not None
-        count = counts[node.op_type, weight.dtype.name, shown, zeros]
+        zeros = any(_constant(node, zero) is not None for _, zero in PLACES[node.op_type])
+        shown = tuple(_attribute(node, name) for name in SHOWN)
+        count = counts[node.op_type, present[0].dtype.name, shown, zeros]
         count[0] += 1
-        count[1] += _weights(node, weight)
+        count[1] += sum(_weights(node, weight) for weight in present)
     return [
         {"operator": kind, "storage": storage, **dict(zip(SHOWN, shown, strict=True)), "zero_points": zeros,
          "nodes": nodes, "weights": weights}
         for (kind, storage, shown, zeros), (nodes, weights) in counts.items()
     ]  # fmt: skip
+
+
+def _attribute(node: ir.Node, name: str) -> int | None:
+    """QMoE has a name of its own for its bits."""
+    name = "expert_weight_bits" if name == "bits" and node.op_type == "QMoE" else name
+    return node.attributes[name].as_int() if name in node.attributes else None
 
 
 def _constant(node: ir.Node, index: int) -> ir.TensorProtocol | None:
@@ -70,7 +78,7 @@ def _constant(node: ir.Node, index: int) -> ir.TensorProtocol | None:
 def _weights(node: ir.Node, weight: ir.TensorProtocol) -> int:
     if node.op_type == "MatMulNBits" and {"K", "N"} <= node.attributes.keys():
         return node.attributes["K"].as_int() * node.attributes["N"].as_int()
-    bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 8
+    bits = _attribute(node, "bits") or 8
     return weight.size * (8 // bits) if weight.dtype.name == "UINT8" else weight.size
 
 

@@ -308,6 +308,7 @@ DEQUANTIZED: list[tuple[list[Any], dict[str, int], int, str]] = [
     ([packed("UINT4", 64, 10), scales(2, 10), packed("UINT4", 2, 10)], BLOCKED, 21, ""),
     ([codes(64, 10), scales(2, 10), codes(2, 10)], BLOCKED, 21, ""),
     ([packed("UINT2", 64, 12), scales(2, 12)], BLOCKED, 25, ""),
+    ([packed("UINT2", 64, 10), scales(2, 10)], BLOCKED, 25, "unless 4 divides them"),
     ([codes(64, 10), scales()], {}, 21, ""),
     ([codes(64, 10), scales(10)], {"axis": 1}, 21, ""),
     ([packed("UINT2", 64, 12), scales(2, 12)], BLOCKED, 24, "UINT2 needs opset 25, the graph has 24"),
@@ -370,4 +371,4 @@ def test_inspect_lists_problems_and_looks_into_other_graphs(folder: Path) -> Non
     text = "\n".join(inspection_lines(found))
     assert "model.onnx: somebody" in text
     assert "problem: model.layers.0." in text
-    assert "4 MatMulNBits, 114,688 weights: bits 2, block_size 64, accuracy_level 4, zero points" in text
+    assert "3 MatMulNBits, 114,688 weights: bits 2, block_size 64, accuracy_level 4, zero points" in text

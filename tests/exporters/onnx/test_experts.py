@@ -14,6 +14,7 @@ import torch
 from exporters.onnx.checker import problems_of
 from exporters.onnx.experts import expert_refusals
 from exporters.onnx.exporter import OnnxExporter
+from exporters.onnx.inspection import inspected
 from exporters.onnx.packing import unpack_bits
 from exporters.onnx.reader import load_graph
 from signround.artifact import QuantizedCheckpoint
@@ -192,3 +193,13 @@ def test_checker_catches(exported: Exported, mutate: Callable[[Any], None], foun
     assert problems_of(model, folder) == []
     mutate(next(node for node in model.graph if node.op_type == "QMoE"))
     assert found in " ".join(problems_of(model, folder))
+
+
+def test_inspection_counts_experts(exported: Exported) -> None:
+    artifact, folder = exported("qwen3-moe", "w8g64-asym")
+    operators = {entry["operator"]: entry for entry in inspected(folder)["operators"]}
+    assert set(operators) == {"MatMulNBits", "QMoE"}
+    experts = operators["QMoE"]
+    assert (experts["bits"], experts["block_size"], experts["zero_points"], experts["nodes"]) == (8, 32, True, 2)
+    counted = sum(entry["weights"] for entry in operators.values())
+    assert counted == sum(layer.rows * layer.columns for layer in artifact.plan.layers())

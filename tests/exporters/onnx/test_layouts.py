@@ -286,7 +286,7 @@ def test_metadata_names_tuner_and_sources(artifact: QuantizedCheckpoint, tmp_pat
     (operator,) = found["operators"]
     assert operator == {
         "operator": "MatMulNBits", "storage": "UINT8", "bits": 4, "block_size": 32, "accuracy_level": 0,
-        "zero_points": False, "nodes": 5, "weights": 147456,
+        "zero_points": False, "nodes": 4, "weights": 147456,
     }  # fmt: skip
 
 

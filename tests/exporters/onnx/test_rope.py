@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from exporters.onnx import rope
+from exporters.onnx.contrib import ContribFlavour, rotates_inside
 from exporters.onnx.rope import RotaryTable, inverse_frequencies, positions_of, rotary_tables
 from signround.architecture import Architecture, read_architecture
+from tests.test_published_models import PUBLISHED
 
 LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
@@ -100,3 +102,13 @@ def test_blocks_without_positions_need_no_table(tmp_path: Path) -> None:
     architecture = replace(phi()[0], ropes=(None, None))
     assert rotary_tables(architecture) == {}
     assert positions_of(architecture) == architecture.context
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_fit_their_tables_and_the_kernel(name: str) -> None:
+    architecture = read_architecture(PUBLISHED[name][1])
+    assert ContribFlavour.refusals(architecture) == []
+    assert positions_of(architecture) == architecture.context
+    for table in rotary_tables(architecture).values():
+        assert rotates_inside(architecture.head_dim, table)
+        assert (table.switch == 4096) == (name in ("phi-3.5-mini", "phi-4-mini"))

@@ -70,7 +70,8 @@ def from_gguf(path: Path, config: dict[str, Any]) -> Linears:
 
 def from_onnx(folder: Path, config: dict[str, Any]) -> Linears:
     """MatMulNBits: B [rows, groups, blob] with two codes a byte; scales [rows, groups] float; zero points two a byte,
-    each row padded to a byte, 8 when left out (onnxruntime, docs/ContribOperators.md). q, k and v are one product."""
+    each row padded to a byte, 8 when left out (onnxruntime, docs/ContribOperators.md). q, k and v are one product, gate
+    and up another."""
     import onnx
     from onnx import numpy_helper
 
@@ -92,6 +93,11 @@ def from_onnx(folder: Path, config: dict[str, Any]) -> Linears:
         if len(node.input) > 3 and node.input[3]:
             linear["zero_point"] = nibbles(arrays[node.input[3]].reshape(rows, -1))[:, :groups]
         block, _, kind = linear_name(name).rpartition(".")
+        if kind == "gate_up_proj":
+            for half, part in enumerate(("gate", "up")):
+                each = slice(half * rows // 2, (half + 1) * rows // 2)
+                found[f"{block}.{part}_proj"] = {field: value[each] for field, value in linear.items()}
+            continue
         if kind != "qkv_proj":
             found[f"{block}.{kind}"] = linear
             continue

@@ -183,7 +183,7 @@ def parity_lines(parity: Parity) -> list[str]:
 
 
 def _gate_text(run: LogitParity) -> str:
-    return ", ".join(f"{name} {bound:g}" for name, bound in _logits_json(run)["gate"].items())
+    return ", ".join(f"{name} {bound:g}" for name, bound in vars(run.gate).items() if bound is not None)
 
 
 def _logits_json(run: LogitParity | None) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ def self_attention(
 
 
 def _projections(parts: DecoderParts, prefix: str, normed: ir.Value) -> list[ir.Value | None]:
-    """q, k and v; in one node where the checkpoint has one, or their layouts agree and no norm follows."""
+    """q, k and v; in one node where the checkpoint has one, or their layouts agree."""
     architecture = parts.architecture
     if parts.has(prefix, PACKED):
         return [parts.linear(prefix, PACKED, normed), None, None]

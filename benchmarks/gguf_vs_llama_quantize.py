@@ -22,8 +22,8 @@ For each type: perplexity, mean KL to the F32 file, top-1 agreement and bytes, a
 Stops when ours and theirs differ in the type of any tensor, unless `--like-ours` gives llama-quantize the types of our
 file. Windows of `--context` tokens, whole texts (or the first `--windows` of each); each window starts afresh, its
 first token is not scored. `--second-half` scores the second half of each window only, as llama-perplexity does. All
-files of a run are in memory at once: each window runs through the F32 file and then through each of them, so nothing
-is stored. llama.cpp's settings: float32 KV cache, no flash attention.
+files of a run are in memory at once, and once a job (`--jobs`): each window runs through the F32 file and then through
+each of them, so nothing is stored. llama.cpp's settings: float32 KV cache, no flash attention.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ import json
 import re
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.llama_quantize import FILE_TYPES, bos_of, chunks_of, collect_importance, quantize
@@ -49,6 +52,9 @@ from signround.evaluate import text_windows
 from signround.events import silent
 from signround.pipeline import prepare, tune
 from signround.runtimes.llama_cpp_windows import WindowRuntime
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 IMATRIX_CHUNK = 512
 F32, Q8_0 = 0, 8  # ggml's type ids
@@ -86,7 +92,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, help="the first N of each text")
     parser.add_argument("--second-half", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each job")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the windows")
     parser.add_argument("--device", default="cpu", help="for tuning what --ours does not give, as are the next three")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--seqlen", type=int)
@@ -194,12 +201,24 @@ def limits(float_file: Path, file_type: str, types: dict[str, int], folder: Path
 
 
 def measure(entries: list[Entry], float_file: Path, text: str, windows: Tensor, options: argparse.Namespace) -> None:
-    """Run every window through the F32 file and each entry; adds a tally to each."""
+    """Run every window through the F32 file and each entry; adds a tally to each. `--jobs` share the windows."""
     first = windows.shape[1] // 2 if options.second_half else 0
-    reference = WindowRuntime(float_file, options.threads, repack=True)
-    runtimes = [WindowRuntime(entry.path, options.threads, repack=True) for entry in entries]
-    tallies = [entry.texts.setdefault(text, Tally()) for entry in entries]
-    for window in windows:
+    paths = [float_file, *(entry.path for entry in entries)]
+    shares = [windows[job :: options.jobs].numpy() for job in range(min(options.jobs, len(windows)))]
+    with ProcessPoolExecutor(len(shares), get_context("spawn")) as pool:
+        measured = [pool.submit(measure_share, paths, share, first, options.threads) for share in shares]
+        for job in measured:
+            for entry, tally in zip(entries, job.result(), strict=True):
+                entry.texts.setdefault(text, Tally()).include(tally)
+
+
+def measure_share(paths: Sequence[Path], windows: NDArray[Any], first: int, threads: int) -> list[Tally]:
+    """Tallies of `paths[1:]` against `paths[0]` over int64 [windows, tokens], in a process of their own; positions
+    before `first` are not scored."""
+    torch.set_num_threads(threads)
+    reference, *runtimes = [WindowRuntime(path, threads, repack=True) for path in paths]
+    tallies = [Tally() for _ in runtimes]
+    for window in torch.from_numpy(windows):
         following = window[first + 1 :]
         (wanted,) = next(reference.logits(window[None]))
         expected = wanted[first:-1].log_softmax(-1)
@@ -208,6 +227,7 @@ def measure(entries: list[Entry], float_file: Path, text: str, windows: Tensor, 
             tally.add(logits[first:-1], expected, following)
     for runtime in [reference, *runtimes]:
         runtime.close()
+    return tallies
 
 
 def lines(rows: list[dict[str, Any]], texts: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--iters", type=int, help="for --method signround; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lookahead", type=int, choices=(0, 1), help="0: the paper's loss; default: the recipe's")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -92,7 +93,11 @@ class Table:
             device=options.device,
             iters=options.iters if method == "signround" else None,
         )
-        return dataclasses.replace(job, tokens=self.tokens.get(calibration) or job.tokens)
+        tuning = job.plan.tuning
+        if method == "signround" and options.lookahead is not None:
+            tuning = dataclasses.replace(tuning, lookahead=options.lookahead)
+        plan = dataclasses.replace(job.plan, tuning=tuning)
+        return dataclasses.replace(job, plan=plan, tokens=self.tokens.get(calibration) or job.tokens)
 
     def _baselines(self, job: Job) -> None:
         scheme = job.plan.scheme

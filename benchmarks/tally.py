@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ class Tally:
         self.divergence += (reference.exp() * (reference - found)).sum(dtype=torch.float64).item()
         self.agreed += int((found.argmax(-1) == reference.argmax(-1)).sum())
         self.positions += len(following)
+
+    def include(self, other: Tally) -> None:
+        """Add what was counted elsewhere."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     def figures(self) -> dict[str, float]:
         perplexity = math.exp(-self.likelihood / self.positions)

@@ -1,7 +1,7 @@
 """Decoder blocks one at a time: transformers' own modules, filled from any source of named tensors.
 
 The forward pass is never rewritten here: what is tuned is what transformers runs (stacked experts excepted, which are
-run one by one: `signround.experts`). At no time is more than one block (or the embedding, or the head) in memory.
+run one by one: `signround.experts`). Nothing here keeps a block: whoever asks for one holds it.
 Attention is causal over whole windows; there is no padding.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Architecture, read_architecture
+from signround.architecture import BLOCK, EMBEDDING, FINAL_NORM, HEAD, Architecture, Scales, read_architecture
 from signround.errors import refuse
 from signround.experts import apart, module_name
 
@@ -88,7 +88,7 @@ class DecoderBlocks:
             "position_ids": positions,
             "position_embeddings": self._rotary(hidden, positions, **self._skeleton.rotary_arguments(index)),
         }
-        with self._autocast(fast):
+        with self.products(fast=fast):
             if weights is None:
                 output = block(hidden, **arguments)
             else:
@@ -110,28 +110,19 @@ class DecoderBlocks:
         norm.load_state_dict({"weight": self._float(FINAL_NORM)}, assign=True)
         return norm.requires_grad_(False)
 
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """Final norm and head: [windows, tokens, hidden] -> float32 logits [windows, tokens, vocabulary]."""
-        scales = self.architecture.scales
-        norm = self.final_norm()
+    def head(self) -> Head:
+        """Final norm and head, float32 on the device."""
         weight = self._float(EMBEDDING if self.architecture.tied else HEAD)
+        return Head(self.final_norm(), weight, self.architecture.scales)
 
-        def logits(hidden: Tensor) -> Tensor:
-            with torch.no_grad():
-                found = nn.functional.linear(norm(hidden.to(self.device, torch.float32)), weight)
-                if scales.logits != 1.0:
-                    found /= scales.logits
-                return found if scales.logits_cap is None else capped(found, scales.logits_cap)
-
-        return logits
-
-    def _float(self, name: str) -> Tensor:
-        return self.read(name).to(self.device, torch.float32)
-
-    def _autocast(self, fast: bool) -> Any:
+    def products(self, *, fast: bool) -> Any:
+        """A context in which matrix products run in `compute` if `fast`, else in float32."""
         if not fast or self.compute == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _float(self, name: str) -> Tensor:
+        return self.read(name).to(self.device, torch.float32)
 
     def _mask(self, index: int, tokens: int) -> Tensor | None:
         """None is causal attention to sdpa; a sliding window needs the mask written out once it is narrower than the
@@ -148,9 +139,31 @@ class DecoderBlocks:
         return torch.zeros(1, 1, tokens, tokens, device=self.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
 
 
+@dataclass(frozen=True)
+class Head:
+    """What lies behind the last block: the final norm, and the head's `weight` float32 [vocabulary, hidden]."""
+
+    norm: nn.Module
+    weight: Tensor
+    scales: Scales
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[windows, tokens, hidden], wherever it lies -> float32 logits [windows, tokens, vocabulary], no gradients."""
+        with torch.no_grad():
+            return self.logits(hidden.to(self.weight.device, torch.float32))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [.., hidden] on the head's device -> logits [.., vocabulary]."""
+        found = nn.functional.linear(self.norm(hidden), self.weight)
+        if self.scales.logits != 1.0:
+            found /= self.scales.logits
+        return found if self.scales.logits_cap is None else capped(found, self.scales.logits_cap)
+
+
 def capped(logits: Tensor, cap: float) -> Tensor:
-    """cap * tanh(logits / cap), in place."""
-    return logits.div_(cap).tanh_().mul_(cap)
+    """cap * tanh(logits / cap), in place as far as gradients allow."""
+    bent = logits.div_(cap).tanh_()
+    return bent * cap if bent.requires_grad else bent.mul_(cap)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from signround.calibration import EVALUATION_WINDOWS, cache_bytes, writing_batch
 from signround.experts import is_expert
 from signround.pipeline import Job
 from signround.plan import ModelPlan
+from signround.recipes import hidden_copies
 from signround.runtimes.torch_blocks import LOGIT_BYTES
+from signround.tuning.ahead import LOGIT_BYTES as AHEAD_LOGIT_BYTES
 from signround.tuning.chain import LEAST_EXPERT_TOKENS
 
 GIB = 1 << 30
@@ -98,9 +100,14 @@ def _tuning_bytes(plan: ModelPlan) -> int:
     if plan.tuning.method == "rtn":
         return _block_weights(plan)  # the codes of a block; beside them one layer is being rounded
     hidden = plan.tuning.samples * plan.tuning.seqlen * plan.architecture.hidden
-    hidden *= {"fp32": 4, "bf16": 2}[plan.tuning.hidden_states] * (3 if plan.tuning.method == "signround-400" else 2)
+    hidden *= {"fp32": 4, "bf16": 2}[plan.tuning.hidden_states] * hidden_copies(plan.tuning)
     # weight, V, its best copy, gradients and the chain of the fake quantiser: about twelve float32 a weight
-    return 12 * 4 * _block_weights(plan) + hidden + _activation_bytes(plan, plan.tuning.batch_size)
+    tuned = 12 * 4 * _block_weights(plan) + hidden + _activation_bytes(plan, plan.tuning.batch_size)
+    if not plan.tuning.lookahead:
+        return tuned
+    following = 4 * _block_weights(plan) + _activation_bytes(plan, plan.tuning.batch_size)
+    head = 4 * plan.architecture.vocabulary * plan.architecture.hidden + 4 * AHEAD_LOGIT_BYTES
+    return tuned + max(following, head)
 
 
 def _evaluation_bytes(plan: ModelPlan, layer: int) -> int:
@@ -125,7 +132,11 @@ def tuning_seconds(job: Job) -> float:
     mixture = plan.architecture.mixture
     routed = mixture.used / mixture.experts if mixture else 1.0
     weights = sum(layer.rows * layer.columns * (routed if is_expert(layer.name) else 1.0) for layer in plan.layers())
-    steps = plan.tuning.iters * plan.tuning.batch_size * plan.tuning.seqlen * 6 * weights
+    # forward, and backward to weights and inputs; through what follows, forward and backward to its inputs
+    per_token = (10 if plan.tuning.lookahead else 6) * weights
+    if plan.tuning.lookahead:
+        per_token += 6 * plan.architecture.vocabulary * plan.architecture.hidden
+    steps = plan.tuning.iters * plan.tuning.batch_size * plan.tuning.seqlen * per_token
     passes = 3 * plan.tuning.samples * plan.tuning.seqlen * 2 * weights if plan.tuning.iters else 0
     return (steps + passes) / _matrix_speed(plan.tuning.device, plan.tuning.compute, plan.architecture.hidden)
 

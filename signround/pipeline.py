@@ -91,6 +91,7 @@ def prepare(
     tuning = settings_for(
         method, recipe, device,
         context=architecture.context, samples=samples, seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed,
+        experts=architecture.mixture is not None,
     )  # fmt: skip
     tuning = fit_to_memory(tuning, architecture.hidden, physical_memory())
     floor = max((exporter.zero_floor for exporter in exporters), default=0)

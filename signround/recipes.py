@@ -25,7 +25,8 @@ class TuningSettings:
     `samples` sequences of `seqlen` tokens, `held_out` of them kept back to choose the best step; `learning_rate` in
     units of a quantisation step; `compute` is the dtype of the matrix products; `start` is where tuning begins:
     "range" (min/max, as the paper) or "search" (activation-weighted search of each group's scale first);
-    `hidden_states` is the dtype in which the two chains wait in memory between blocks.
+    `hidden_states` is the dtype in which the two chains wait in memory between blocks; with `lookahead` 1 the error
+    behind the following block counts as well (tuning/ahead.py).
     """
 
     method: Method
@@ -41,6 +42,7 @@ class TuningSettings:
     compute: Literal["bf16", "fp32"]
     hidden_states: Literal["fp32", "bf16"]
     start: Literal["range", "search"]
+    lookahead: Literal[0, 1] = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,8 +71,10 @@ def settings_for(
     iters: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    experts: bool = False,
 ) -> TuningSettings:
-    """Settings of a recipe, with the user's own numbers on top. `context` bounds the sequence length.
+    """Settings of a recipe, with the user's own numbers on top. `context` bounds the sequence length; a model with
+    `experts` does not look ahead, since a second block of experts may not fit into memory.
 
     Raises RefusedError for unknown names, numbers out of range, an absent device, and flags that do not apply.
     """
@@ -100,15 +104,20 @@ def settings_for(
         compute=compute,
         hidden_states="fp32",
         start="search" if method == "signround" else "range",
+        lookahead=1 if method == "signround" and recipe != "fast" and not experts else 0,
     )
     return _checked(settings, seqlen, batch_size, context)
 
 
+def hidden_copies(settings: TuningSettings) -> int:
+    """How many times the hidden states of all samples are in memory."""
+    return {"rtn": 0, "signround": 2 + settings.lookahead, "signround-400": 3}[settings.method]
+
+
 def fit_to_memory(settings: TuningSettings, hidden: int, memory: int) -> TuningSettings:
-    """Let the two chains of hidden states (and one copy for the draft's float inputs) take at most half of `memory`
-    bytes: in float32 if they fit, else in bfloat16, else refused."""
-    copies = {"rtn": 0, "signround": 2, "signround-400": 3}[settings.method]
-    elements = copies * settings.samples * settings.seqlen * hidden
+    """Let the two chains of hidden states (and one copy for the draft's float inputs, or for the targets of the block
+    that follows) take at most half of `memory` bytes: in float32 if they fit, else in bfloat16, else refused."""
+    elements = hidden_copies(settings) * settings.samples * settings.seqlen * hidden
     if elements * 4 <= memory // 2:
         return settings
     if elements * 2 <= memory // 2:

@@ -44,12 +44,14 @@ def test_estimated_sizes_are_the_real_ones(llama_folder: Path, tmp_path: Path) -
 
 
 def test_memory_grows_with_the_settings_not_with_the_blocks(llama_folder: Path, tmp_path: Path) -> None:
-    one = memory_bytes(job(llama_folder, tmp_path / "out", method="signround", samples=4, iters=1))
-    more = memory_bytes(job(llama_folder, tmp_path / "out", method="signround", samples=400, iters=1))
+    one = memory_bytes(job(llama_folder, tmp_path / "out", method="signround", recipe="fast", samples=4, iters=1))
+    more = memory_bytes(job(llama_folder, tmp_path / "out", method="signround", recipe="fast", samples=400, iters=1))
     draft = memory_bytes(job(llama_folder, tmp_path / "out", method="signround-400", samples=400, iters=1))
+    ahead = memory_bytes(job(llama_folder, tmp_path / "out", method="signround", samples=400, iters=1))
     hidden = 16 * 128 * 4
     assert more["tune"] - one["tune"] >= 2 * 396 * hidden
     assert draft["tune"] - more["tune"] == 400 * hidden  # the draft keeps the float inputs too
+    assert ahead["tune"] - more["tune"] > 400 * hidden  # the next block's targets, and the block itself
     assert memory_bytes(job(llama_folder, tmp_path / "out"))["tune"] < one["tune"]  # rtn has no hidden states
 
 

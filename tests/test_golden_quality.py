@@ -25,7 +25,7 @@ from signround.runtimes.torch_blocks import rounded_model, tuned_model
 from signround.tuning.chain import TuningChain
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama-4m"
-WORST = {"w2g64": ((0.412, 0.608, 0.709, 0.555), 0.198), "w4g32": ((0.657, 0.709, 0.797, 0.766), 0.971)}
+WORST = {"w2g64": ((0.378, 0.619, 0.697, 0.612), 0.191), "w4g32": ((0.612, 0.706, 0.794, 0.789), 0.974)}
 MARGIN = 0.045
 PERPLEXITY_MARGIN = {"w2g64": 0.04, "w4g32": 0.015}
 
@@ -84,5 +84,5 @@ def test_tuning_gains_what_it_gained(scheme: str, tokens: CalibrationTokens, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "fault"), [("w4g32", {"learning_rate": 0.0}), ("w2g64", {"start": "range"})])
 def test_a_fault_is_seen(scheme: str, fault: Mapping[str, Any], tokens: CalibrationTokens, tmp_path: Path) -> None:
-    """Steps that do nothing (0.86 in the first block), and two bits without the scale search (0.51)."""
+    """Steps that do nothing (0.85 in the first block), and two bits without the scale search (0.47)."""
     assert tuned(scheme, tokens, tmp_path, fault).lost(scheme) != []

@@ -4,7 +4,8 @@ GroupQueryAttention rotates q and k itself and can grow the KV cache in place; t
 its rotary kernel cannot (`rotates_inside`), RotaryEmbedding of the same domain rotates before it.
 Refuses head sizes that the CPU kernel refuses (`refusals`).
 Source: schemas of com.microsoft 1; wiring as in onnxruntime-genai's model builder. Conventions measured on the CPU
-kernel of onnxruntime 1.31: a local window counts the token itself, scores are scaled and then capped.
+kernel of onnxruntime 1.31: a local window counts the token itself (from 1.24 on, see `notes`), scores are scaled and
+then capped.
 """
 
 from __future__ import annotations
@@ -47,6 +48,17 @@ class ContribFlavour:
             return []
         problem = f"heads of {architecture.head_dim} are not possible in GroupQueryAttention, which takes multiples of "
         return [Refusal(f"{problem}{HEAD_MULTIPLE}", "choose another model, or export to gguf or gptq", "onnx")]
+
+    @staticmethod
+    def notes(architecture: Architecture) -> list[str]:
+        """What runtimes do otherwise."""
+        windows = {window for window in architecture.windows if window is not None and window < architecture.context}
+        if not windows:
+            return []
+        sizes = " and ".join(map(str, sorted(windows)))
+        return [
+            f"onnx: onnxruntime before 1.24 lets each token see one more than the {sizes} tokens of its sliding window."
+        ]
 
     def norm(self, name: str, value: ir.Value, weight: ir.Value) -> ir.Value:
         """See `Flavour.norm`."""

@@ -86,6 +86,8 @@ class GraphForm:
 
     def notes(self, plan: ModelPlan) -> Iterator[str]:
         """What the choice costs, and which runtimes it needs."""
+        if self.operators is ContribFlavour:
+            yield from ContribFlavour.notes(plan.architecture)
         if self._has_int2(plan):
             yield f"onnx: 2-bit integers are of opset {OPSET_2_BITS}, which onnxruntime loads from 1.27 on."
         elif self.flavour == "std" and plan.architecture.scales.attention_cap is not None:

@@ -21,7 +21,7 @@ TOKENIZER = "tokenizer.json"
 PROBES = (
     "Once upon a time, there was a little girl; she didn't know. It's 'quoted', we'll see!",
     "def f(x):\n    return x ** 2  # squares\n\n\n\tprint(f(3))\n",
-    "12345 67,890.12 1e-10 x2y 3D",
+    "12345 67,890.12 1e-10 x2y 3D ½",
     "  two leading, two trailing  \n\n",
     "CamelCaseXYZ snake_case https://example.org/a?b=c#d <tag> {json: [1]}",
     "café naïve Größe Привет 日本語のテキスト 한국어 emoji 🚀 👍🏽",

@@ -268,6 +268,10 @@ def schemes(as_json: Json = False) -> None:
         cells = [(row["scheme"], f"{row['bits_per_weight']:.3f}", ", ".join(row["formats"]) or "-") for row in rows]
         grids = sum(row["kind"] == "grid" for row in rows)
         print_table(("scheme", "bits/weight", "formats"), cells[:grids])
+        outer = (
+            "A grid is for the linears of blocks; others get one by --tensor-type: lm_head=w8g32, embed_tokens=q8_0."
+        )
+        print_lines(["", outer])
         print_lines(["", "Mixes of these, embedding and head included; the bits are those of most matrices:", ""])
         mixes = [(*cell, row["description"]) for cell, row in zip(cells[grids:], rows[grids:], strict=True)]
         print_table(("file type or preset", "bits/weight", "formats", "what it is"), mixes)

@@ -23,6 +23,7 @@ from signround.importance import Importance, InputSquares
 from signround.measure import peak_memory, return_freed_memory
 from signround.plan import BlockPlan, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.tuning.ahead import Ahead, NextBlock, NextHead
 from signround.tuning.inputs import LinearInputs, recorded, squares_of, tokens_of
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockOutcome, tune_block
@@ -156,7 +157,8 @@ class TuningChain:
             else:
                 start = plain_start(layer.grid, weight)
             layers[name] = TunedLayer(layer.grid, weight, start)
-        problem = BlockProblem(self.blocks, block, plan.index, inputs, targets, self.settings.held_out)
+        ahead = self._ahead(plan.index + 1, targets) if self.settings.lookahead else None
+        problem = BlockProblem(self.blocks, block, plan.index, inputs, targets, self.settings.held_out, ahead)
 
         def on_step(done: int, total: int) -> None:
             self.on_event(StageAdvanced("tune", done, total, f"block {plan.index + 1}/{len(self.plan.blocks)}"))
@@ -168,6 +170,14 @@ class TuningChain:
         return replace(
             outcome, tensors={name: tensors[name] for name in names}, kept={name: kept[name] for name in names}
         )
+
+    def _ahead(self, index: int, hidden: Tensor) -> Ahead:
+        """What the outputs `hidden` of the float chain go through next: block `index`, or the head."""
+        if index == len(self.plan.blocks):
+            return NextHead(self.blocks, self.blocks.head())
+        block, targets = self.blocks.block(index), hidden.clone()
+        self.blocks.run_all(block, targets, index, self.settings.batch_size)
+        return NextBlock(self.blocks, block, index, targets)
 
     def _advance(self, block: nn.Module, tensors: Mapping[str, QuantizedTensor], hidden: Tensor, index: int) -> None:
         with torch.no_grad():

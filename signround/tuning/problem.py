@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from signround.blocks import DecoderBlocks
+from signround.tuning.ahead import Ahead, relative_error
 
 
 class Problem(Protocol):
@@ -39,7 +40,8 @@ class Problem(Protocol):
 
 @dataclass(frozen=True)
 class BlockProblem:
-    """One block to fit: `inputs` and `targets` [samples, tokens, hidden], the last `held_out` samples kept back."""
+    """One block to fit: `inputs` and `targets` [samples, tokens, hidden], the last `held_out` samples kept back.
+    `ahead` is what follows, where its errors count too."""
 
     blocks: DecoderBlocks
     block: nn.Module
@@ -47,6 +49,7 @@ class BlockProblem:
     inputs: Tensor
     targets: Tensor
     held_out: int
+    ahead: Ahead | None = None
 
     @property
     def device(self) -> torch.device:
@@ -57,8 +60,12 @@ class BlockProblem:
         return self.blocks.parameter(self.block, name)
 
     def loss(self, weights: dict[str, Tensor], picks: Tensor, *, fast: bool) -> Tensor:
-        """Mean squared error of the block's output on the samples `picks` (int64, on the CPU)."""
-        return nn.functional.mse_loss(*self.outputs(weights, picks, fast=fast))
+        """Mean squared error of the block's output on the samples `picks` (int64, on the CPU), as in the paper; with
+        `ahead`, the mean relative squared error of a token there, and what becomes of it further on."""
+        outputs, targets = self.outputs(weights, picks, fast=fast)
+        if self.ahead is None:
+            return nn.functional.mse_loss(outputs, targets)
+        return relative_error(outputs, targets) + self.ahead.loss(outputs, targets, picks, fast=fast)
 
     def outputs(self, weights: dict[str, Tensor], picks: Tensor, *, fast: bool) -> tuple[Tensor, Tensor]:
         """The block's outputs on the samples `picks`, and their targets, [samples, tokens, hidden]."""

@@ -11,7 +11,8 @@ stays within 0.5025 without a clip; alpha and beta are clamped before use.
 Sources: AutoRound's `sign_sgd.py` and `wrapper.py` (0.16), Neural Compressor's release for the draft.
 
 Ours, in both: the best step is chosen on a fixed held-out subset (the reference compares losses of different random
-batches); `signround` may start from a searched scale, and then alpha and beta may also stretch it, up to 2.
+batches). `signround` may look one block ahead (`ahead.py`) and may start from a searched scale: then alpha and beta may
+also stretch it, up to 2.
 """
 
 from __future__ import annotations

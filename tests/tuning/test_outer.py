@@ -234,6 +234,50 @@ def test_a_head_of_its_own_is_tuned_against_the_float_logits(tmp_path: Path) -> 
     assert tuned < 0.99 * logit_error(model, out, rounded(grid, weight).decode())
 
 
+@pytest.mark.parametrize("kind", ["w3g32", "w4g64-asym"])
+def test_a_head_named_by_an_override_is_tuned_too(tmp_path: Path, kind: str) -> None:
+    """Under a scheme that is one grid, as under a file type."""
+    model = model_of(tmp_path / "model", "llama-untied", layers=1)
+    out = tmp_path / "out"
+    signround.quantize(model, "w8g32", out, tensor_types=[f"lm_head={kind}"], **(FAST | {"iters": 30}))
+    artifact, weight = QuantizedCheckpoint(out / "artifact"), SourceCheckpoint(model).read(HEAD).float()
+    assert [layer.name for layer in artifact.plan.outer_layers] == [HEAD]
+    assert artifact.layers[HEAD].grid == grid_for(kind)
+    plain = logit_error(model, out, rounded(grid_for(kind), weight).decode())
+    assert logit_error(model, out, artifact.weight(HEAD)) < 0.98 * plain
+
+
+def test_an_untied_embedding_named_alone(tmp_path: Path) -> None:
+    """It is searched row by row; the quantised chain starts from it, the head stays."""
+    model = model_of(tmp_path / "model", "llama-untied", layers=1)
+    signround.quantize(model, "w4g32", tmp_path / "out", tensor_types=["embed_tokens=w2g32"], **FAST)
+    artifact, weight = (
+        QuantizedCheckpoint(tmp_path / "out" / "artifact"),
+        SourceCheckpoint(model).read(EMBEDDING).float(),
+    )
+    grid = grid_for("w2g32")
+    start = searched_start(grid, weight, torch.ones(256))
+    assert torch.equal(
+        artifact.quantized(EMBEDDING).codes, QuantizedTensor.from_grid(grid, weight, start.fields(grid)).codes
+    )
+    assert HEAD in artifact.kept
+
+
+@pytest.mark.parametrize("method", ["signround", "signround-400", "rtn"])
+def test_a_block_that_is_kept_whole(tmp_path: Path, method: str) -> None:
+    model = model_of(tmp_path / "model", "llama-untied", layers=3)
+    effort = RTN if method == "rtn" else FAST | {"method": method}
+    types = [r"layers\.1\.=float", "lm_head=w8g32"]
+    report = signround.quantize(model, "w4g32", tmp_path / "out", tensor_types=types, **effort)
+    artifact = QuantizedCheckpoint(tmp_path / "out" / "artifact")
+    assert not artifact.plan.blocks[1].layers
+    source = SourceCheckpoint(model)
+    for name in artifact.kept:
+        assert torch.equal(artifact.tensor(name), source.read(name)), name
+    losses = report["tuning"]["blocks"][1]
+    assert losses["loss_rounded"] == losses["loss_tuned"]
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-untied", "gemma2", "granite"])
 @pytest.mark.parametrize("method", ["rtn", "signround-400"])
 def test_methods_without_a_search_round_both(family: str, method: str, tmp_path: Path) -> None:

@@ -114,6 +114,13 @@ def test_longrope_is_told(exported: Exported) -> None:
     assert "grows past" not in " ".join(OnnxExporter().notes(exported("phi3")[0].plan))
 
 
+def test_windows_in_older_runtimes_are_told(exported: Exported) -> None:
+    plan = exported("gemma3")[0].plan
+    assert "one more than the 16 tokens" in " ".join(OnnxExporter().notes(plan))
+    assert "one more than" not in " ".join(OnnxExporter(flavour="std").notes(plan))
+    assert "one more than" not in " ".join(OnnxExporter().notes(exported("llama")[0].plan))
+
+
 def test_every_activation_of_the_table_is_known() -> None:
     assert {family.activation for family in TABLE.values()} <= set(ACTIVATIONS)
     builder = GraphBuilder()

@@ -93,6 +93,36 @@ def test_mixed_grids(exported: Maker, family: str, scheme: str, overrides: Overr
     is_the_tuned_model(artifact, folder)
 
 
+FORMS = [
+    ("llama", "embed", {"flavour": "std"}, 1e-5),
+    ("llama", "embed", {"layout": "transformers.js"}, 1e-5),
+    ("llama", "embed", {"dtype": "fp16"}, 3e-3),  # measured 1.0e-3 to 1.4e-3
+    ("llama-untied", "embed|lm_head", {"flavour": "std", "dtype": "fp16"}, 3e-3),
+    ("llama-untied", "lm_head", {"flavour": "std", "weights": "dequantize"}, 1e-5),
+]
+
+
+@pytest.mark.parametrize(("family", "pattern", "options", "gate"), FORMS)
+@torch.no_grad()
+def test_forms_of_the_graph(
+    exported: Maker, tmp_path: Path, family: str, pattern: str, options: dict[str, Any], gate: float
+) -> None:
+    artifact, _ = exported(family, "w4g32", [(pattern, "w8g32"), ("o_proj", "w2g64"), ("up_proj", "float")])
+    exporter = OnnxExporter(0, **options)
+    assert exporter.refusals(artifact.plan) == []
+    exported_model = exporter.export(artifact, tmp_path / "out", silent)
+    assert parity.compare_weights(artifact, exporter, exported_model).passed
+    tokens = windows(512, count=2, tokens=24)
+    found = all_logits(open_onnxruntime(exported_model.target).logits(tokens))
+    assert relative_error(found, reference_model(artifact)(tokens).logits) <= gate
+
+
+def test_a_form_without_tables_says_so(exported: Maker) -> None:
+    artifact, _ = exported("llama", "w4g32", [("embed", "w8g32")])
+    (refusal,) = OnnxExporter(flavour="std", weights="dequantize").refusals(artifact.plan)
+    assert "a quantised embedding is looked up by GatherBlockQuantized" in refusal.problem
+
+
 @pytest.mark.parametrize(("family", "kind"), [("llama", "w4g32-asym"), ("llama-untied", "w8g32")])
 @torch.no_grad()
 def test_genai_reads_the_shared_table(exported: Maker, family: str, kind: str) -> None:

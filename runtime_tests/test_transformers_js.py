@@ -122,6 +122,23 @@ def test_the_engine_of_a_browser_runs_the_graph(
     assert distance(in_browser_engine(folder, tokens, tmp_path / "logits"), wanted) <= gate
 
 
+@needs_node
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "w8g32"), ("llama", "w4g64-asym"), pytest.param("llama-untied", "w2g32", marks=pytest.mark.slow)],
+)
+def test_the_engine_of_a_browser_reads_quantised_tables(family: str, kind: str, tmp_path: Path) -> None:
+    """A tied one is two constants over the same bytes of the data file."""
+    write_small_model(tmp_path / "model", family)
+    overrides = [("embed|lm_head", kind)]
+    artifact = write_rounded_artifact(tmp_path / "model", tmp_path / "artifact", "w4g32", overrides=overrides)
+    exporter = OnnxExporter(accuracy_level=0, layout="transformers.js")
+    folder = exporter.export(artifact, tmp_path / "out", silent).target
+    tokens = torch.randint(512, (1, 24), generator=torch.Generator().manual_seed(1))
+    wanted = torch.cat(list(open_onnxruntime(folder).logits(tokens)))
+    assert distance(in_browser_engine(folder, tokens, tmp_path / "logits"), wanted) <= 1e-5
+
+
 def test_every_reader_opens_the_browsers_folder(
     trained: tuple[QuantizedCheckpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

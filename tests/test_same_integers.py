@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from signround.pipeline import export
 from tests.small_artifacts import write_rounded_artifact
+from tests.small_models import write_small_model
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama-4m"
 GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -69,7 +70,8 @@ def from_gguf(path: Path, config: dict[str, Any]) -> Linears:
 
 def from_onnx(folder: Path, config: dict[str, Any]) -> Linears:
     """MatMulNBits: B [rows, groups, blob] with two codes a byte; scales [rows, groups] float; zero points two a byte,
-    each row padded to a byte, 8 when left out (onnxruntime, docs/ContribOperators.md). q, k and v are one product."""
+    each row padded to a byte, 8 when left out (onnxruntime, docs/ContribOperators.md). q, k and v are one product, gate
+    and up another."""
     import onnx
     from onnx import numpy_helper
 
@@ -91,6 +93,11 @@ def from_onnx(folder: Path, config: dict[str, Any]) -> Linears:
         if len(node.input) > 3 and node.input[3]:
             linear["zero_point"] = nibbles(arrays[node.input[3]].reshape(rows, -1))[:, :groups]
         block, _, kind = linear_name(name).rpartition(".")
+        if kind == "gate_up_proj":
+            for half, part in enumerate(("gate", "up")):
+                each = slice(half * rows // 2, (half + 1) * rows // 2)
+                found[f"{block}.{part}_proj"] = {field: value[each] for field, value in linear.items()}
+            continue
         if kind != "qkv_proj":
             found[f"{block}.{kind}"] = linear
             continue
@@ -181,6 +188,29 @@ def test_codes_are_not_plain_rounding(symmetric: dict[str, Path]) -> None:
     scale = np.repeat(parts["scale"].astype(np.float32), 32, axis=1)
     nearest = np.clip(np.rint(weight / scale) + 8, 0, 15)
     assert 0.1 < (nearest != parts["codes"]).mean() < 0.9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_in_two_files(tmp_path: Path, tied: bool) -> None:
+    """Embedding and head, 8 bits: Q8_0 (34 bytes: fp16 scale, 32 int8) against codes in bytes with zero 128."""
+    gguf = pytest.importorskip("gguf")
+    onnx = pytest.importorskip("onnx")
+    model = write_small_model(tmp_path / "model", "llama-untied", tie_word_embeddings=tied)
+    overrides = [("embed_tokens", "w8g32"), ("lm_head", "w8g32")]
+    artifact = write_rounded_artifact(model, tmp_path / "artifact", "w4g32", overrides=overrides)
+    target = export(artifact, "onnx", tmp_path / "onnx").target / "model.onnx"
+    nodes = {node.name: node.input for node in onnx.load(target).graph.node}
+    constants = {tensor.name: tensor for tensor in onnx.load(target).graph.initializer}
+    reader = gguf.GGUFReader(export(artifact, "gguf", tmp_path / "gguf").target)
+    tables = {tensor.name: tensor for tensor in reader.tensors}
+    assert ("output.weight" in tables) == (not tied)
+    pairs = [("embedding", 0, "token_embd.weight"), ("head", 1, "token_embd.weight" if tied else "output.weight")]
+    for node, place, name in pairs:
+        assert tables[name].tensor_type == gguf.GGMLQuantizationType.Q8_0
+        blocks = np.asarray(tables[name].data).reshape(512, 4, 34)
+        codes, scales = (onnx.numpy_helper.to_array(constants[nodes[node][index]]) for index in (place, 2))
+        assert np.array_equal(codes.reshape(512, 4, 32).astype(np.int16) - 128, blocks[..., 2:].view(np.int8))
+        assert np.array_equal(scales, blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32))
 
 
 def test_asymmetric_codes_scales_and_zero_points_in_two_files(tmp_path: Path) -> None:

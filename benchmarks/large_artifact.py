@@ -10,9 +10,9 @@ libraries included). `plain` is a sequential write and fsync of as many bytes to
 before and one after. The artifact was just written: it is read from the page cache where memory suffices. Ends with
 code 1 when a peak is not below that of its case, with 2 when the disk is too small. Everything is deleted.
 
-The ONNX case has 14 of the 32 blocks and a vocabulary of 32000 (its tables are one tensor each, and one tensor is in
-memory at a time; 128256 rows of 4096 are more than 1 GB). Its tensors are one file of more than 2 GiB, which no
-protobuf can hold; onnxruntime loads it in a fresh process and runs one window, whose logits must be finite.
+The ONNX case has 14 of the 32 blocks and a vocabulary of 32000, so that what onnxruntime unpacks fits into 5 GB of
+memory. Its tensors are one file of more than 2 GiB, which no protobuf can hold; onnxruntime loads it in a fresh process
+and runs one window, whose logits must be finite.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Our ONNX decoder against the onnxruntime-genai builder's, of the same integers: size, export, loading, speed.
 
-    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--rounds 10] [--threads 1] [--json table.json]
+    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--starts 4] [--rounds 5] [--threads 1] [--json table.json]
 
 For each model given and for one random Llama of about 130 million weights (hidden 1024, 8 layers, 32000 tokens, tied;
 `--no-random` leaves it out) one table: ours, the builder's, and their ratio, so that more than 1 is better for us in
@@ -11,8 +11,8 @@ every row. A Hugging Face folder is rounded to `--scheme` first (speed does not 
 - Export: a fresh process each, from the artifact and from the GPTQ folder; seconds from start to end of the process,
   imports included; peak resident memory (VmHWM) of the process.
 - Loading: a fresh process that has imported the runtime; seconds, and resident memory after it.
-- Speed: one process for each graph and runtime, asked in turn (ours, theirs, theirs, ours, ...); the fastest repetition
-  of all rounds counts, since other work on a machine only ever adds time. Prefill: one sequence from an empty cache.
+- Speed: one process for each graph, asked in turn (ours, theirs, theirs, ours, ...) for `--rounds`, started anew
+  `--starts` times; the fastest repetition of all counts, since other work on a machine only ever adds time. Prefill: one sequence from an empty cache.
   Decode: one token behind `past` cached ones. Plain onnxruntime runs with bound buffers, past and present in one where
   both graphs allow it, else concatenated in both.
 
@@ -126,9 +126,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("models", type=Path, nargs="*", help="Hugging Face folders or artifacts")
     parser.add_argument("--no-random", action="store_true", help="leave the random model of 130 M weights out")
     parser.add_argument("--scheme", default="w4g32", help="of models that are not artifacts")
-    parser.add_argument("--rounds", type=int, default=10, help="of the speed; each model takes about 8 s a round")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="of the speed, for each start; 2 to 10 s a round and model"
+    )
     parser.add_argument("--export-rounds", type=int, default=3)
-    parser.add_argument("--load-rounds", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=4, help="of the measured processes, for each runtime")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -138,15 +140,21 @@ def arguments() -> argparse.Namespace:
 Ask = Callable[[str], dict[str, float]]
 
 
-def in_turn(rounds: int, *asks: Ask) -> dict[str, dict[str, float]]:
-    """Each question to each maker in every round, the other one first each time; the least of each figure."""
-    least: dict[str, dict[str, float]] = {maker: {} for maker in MAKERS}
+def no_figures() -> dict[str, dict[str, float]]:
+    return {maker: {} for maker in MAKERS}
+
+
+def keep_least(least: dict[str, float], found: dict[str, float]) -> None:
+    for name, value in found.items():
+        least[name] = min(value, least.get(name, value))
+
+
+def in_turn(rounds: int, asks: Sequence[Ask], least: dict[str, dict[str, float]]) -> None:
+    """Each question to each maker in every round, the other one first each time; `least` keeps the least answers."""
     for index in range(rounds):
         for ask in asks:
             for maker in MAKERS if index % 2 == 0 else MAKERS[::-1]:
-                for name, value in ask(maker).items():
-                    least[maker][name] = min(value, least[maker].get(name, value))
-    return least
+                keep_least(least[maker], ask(maker))
 
 
 def exported(sources: dict[str, Path], folder: Path, maker: str) -> dict[str, float]:
@@ -208,20 +216,19 @@ def logits_apart(folders: dict[str, Path]) -> float:
 
 
 def speed_rows(folders: dict[str, Path], runtime: str, options: argparse.Namespace) -> list[Row]:
-    """Loading and speed in one runtime."""
+    """Loading and speed in one runtime. New processes now and then: where their memory lies is luck."""
+    loaded, fastest = no_figures(), no_figures()
+    for start in range(options.starts):
+        with ExitStack() as stack:
+            workers = {}
+            for maker in MAKERS if start % 2 == 0 else MAKERS[::-1]:
+                workers[maker] = stack.enter_context(Worker(runtime, folders[maker], options.threads))
+                keep_least(loaded[maker], workers[maker].loaded)
 
-    def load(maker: str) -> dict[str, float]:
-        with Worker(runtime, folders[maker], options.threads) as worker:
-            return worker.loaded
+            def asked(kind: str, tokens: int, workers: dict[str, Worker] = workers) -> Ask:
+                return lambda maker: workers[maker].seconds(kind, tokens)
 
-    loaded = in_turn(options.load_rounds, load)
-    with ExitStack() as stack:
-        workers = {maker: stack.enter_context(Worker(runtime, folders[maker], options.threads)) for maker in MAKERS}
-
-        def asked(kind: str, tokens: int) -> Ask:
-            return lambda maker: workers[maker].seconds(kind, tokens)
-
-        fastest = in_turn(options.rounds, *(asked(*work) for work in WORKS))
+            in_turn(options.rounds, [asked(*work) for work in WORKS], fastest)
     ours, theirs = loaded[OURS], loaded[THEIRS]
     rows = [
         Row(f"{runtime}: load", ours["seconds"], theirs["seconds"], "s"),
@@ -240,7 +247,8 @@ def speed_row(runtime: str, kind: str, tokens: int, fastest: dict[str, dict[str,
 
 def compare(sources: dict[str, Path], folder: Path, options: argparse.Namespace) -> tuple[list[Row], float]:
     """All rows of one model, and how far the logits lie apart."""
-    exports = in_turn(options.export_rounds, lambda maker: exported(sources, folder, maker))
+    exports = no_figures()
+    in_turn(options.export_rounds, [lambda maker: exported(sources, folder, maker)], exports)
     folders = {maker: folder / maker for maker in MAKERS}
     rows = [Row("file", *(graph_bytes(folders[maker]) for maker in MAKERS), "bytes")]
     rows.append(Row("export", *(exports[maker]["seconds"] for maker in MAKERS), "s"))
@@ -292,7 +300,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
             sources = write_sources(model, Path(temporary), options.scheme)
             rows, apart = compare(sources, Path(temporary), options)
-        print(f"\n{name}, {options.threads} thread(s), {options.rounds} rounds; logits: {apart:.1e} apart\n")
+        print(
+            f"\n{name}, {options.threads} thread(s), {options.starts} x {options.rounds} rounds; logits: {apart:.1e} apart\n"
+        )
         print("\n".join(lines(rows)), flush=True)
         missed += [f"{name}: {failure}" for failure in failures(rows)]
         tables.append({"model": name, "logits": apart, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]})

@@ -171,7 +171,7 @@ def parity_lines(parity: Parity) -> list[str]:
             lines.append(
                 f"{label}: {run.runtime}, {run.tokens:,} positions: mean KL {run.score.mean_kl:.2e}, top-1 "
                 f"{run.score.top1_agreement:.2%}, relative error {run.score.relative_error:.2e}: "
-                + ("passed" if run.passed else f"FAILED, the gate is {_logits_json(run)}")
+                + ("passed" if run.passed else f"FAILED, the gate is {_gate_text(run)}")
             )
     speed = parity.logits.speed if parity.logits else None
     if speed is not None:
@@ -180,6 +180,10 @@ def parity_lines(parity: Parity) -> list[str]:
             f"{speed.decode_tokens_per_second:,.1f} of {speed.new} new ones (one noisy measurement, no gate)"
         )
     return [*lines, "passed" if parity.passed else "FAILED"]
+
+
+def _gate_text(run: LogitParity) -> str:
+    return ", ".join(f"{name} {bound:g}" for name, bound in vars(run.gate).items() if bound is not None)
 
 
 def _logits_json(run: LogitParity | None) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ It knows nothing of language models, and refuses (ValueError) to give two consta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,18 @@ class GraphBuilder:
         value.const_value = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
         self.constants[name] = value
         return value
+
+    def streamed(
+        self, name: str, dtype: ir.DataType, shape: Sequence[int], pieces: Callable[[], Iterator[NDArray[Any]]]
+    ) -> ir.Value:
+        """A lazy constant of which one piece is in memory at a time: arrays that follow each other along axis 0."""
+        from exporters.onnx.streamed import StreamedTensor
+
+        if name in self.constants:
+            raise ValueError(f"constant {name} exists already")
+        self.constants[name] = _value(name, dtype, shape)
+        self.constants[name].const_value = StreamedTensor(name, dtype, shape, pieces)
+        return self.constants[name]
 
     def view(self, name: str, of: ir.Value, shape: Sequence[int]) -> ir.Value:
         """The constant `of` in another shape of as many elements: a second name for the same bytes of the file."""

@@ -7,7 +7,7 @@
 It is MatMulNBits' layout (packing.py) transposed: onnxruntime fuses DequantizeLinear -> MatMul into that operator while
 it loads, but only in this orientation, and computes at the accuracy_level that the session asks for, not the file.
 Source: DequantizeLinear 21 (4 and 8 bits) and 25 (2 bits) of the ONNX specification. Refuses 2-bit weights whose rows
-are no multiple of 4 (`refusals`): onnxruntime 1.27 to 1.31 fuse them, without a word, into other weights.
+are no multiple of 4 (`refusals`): onnxruntime 1.25 to 1.32 fuse them, without a word, into other weights.
 """
 
 from __future__ import annotations

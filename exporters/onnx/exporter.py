@@ -253,7 +253,7 @@ class _NoTensors:
     def quantized(self, name: str, rows: range | None = None) -> QuantizedTensor:
         raise LookupError(name)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, rows: range | None = None) -> Tensor:
         raise LookupError(name)
 
 

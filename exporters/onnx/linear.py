@@ -7,7 +7,8 @@ them, their rows and their grid, so that the file can be read back without the a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from exporters.onnx.builder import MICROSOFT, GraphBuilder
 from exporters.onnx.flavour import Flavour
-from exporters.onnx.packing import Layout, Packed, empty, has_float_kernel, layout_of, pack, stack
+from exporters.onnx.packing import Layout, Packed, empty, has_float_kernel, layout_of, pack
 from exporters.onnx.tensors import TensorSource, floats, onnx_dtype, to_numpy
 from signround.files import canonical_json
 from signround.plan import KeptTensor, LayerPlan
@@ -30,7 +31,7 @@ GRID_KEY = "signround.grid"  # node metadata: the grid as JSON
 COLUMNS_KEY = "signround.columns"  # node metadata of an embedding: its width without padding
 DOWN = (".down_proj.weight", ".w2.weight")  # of a feed-forward network, of an expert
 FAST_LEVEL = 4  # int8 activations
-SLICE_WEIGHTS = 1 << 24  # weights of one matrix that are unpacked in memory at a time
+SLICE_WEIGHTS = 1 << 19  # weights of one matrix that are unpacked in memory at a time
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,14 @@ class LinearWriter:
         self._packed = lru_cache(maxsize=1)(self._pack)
 
     def _pack(self, linear: FusedLinear) -> Packed:
-        parts = [self._packed_layer(layer) for layer in linear.layers]
-        return parts[0] if len(parts) == 1 else stack(parts)
-
-    def _packed_layer(self, layer: LayerPlan) -> Packed:
-        """One weight; large tables in slices of rows, or their codes would be there several times over."""
-        step = max(1, SLICE_WEIGHTS // layer.columns)
-        if step >= layer.rows:
-            return pack(self._source.quantized(layer.name))
-        layout = layout_of(layer.grid, layer.rows, layer.columns)
-        whole = empty(layout)
-        for start in range(0, layer.rows, step):
-            rows = range(start, min(start + step, layer.rows))
-            part = pack(self._source.quantized(layer.name, rows))
-            for array, piece in zip(whole.arrays(), part.arrays(), strict=True):
-                array[rows.start : rows.stop] = piece
+        """Slices of rows go straight to their places: unpacked codes are there for one slice only."""
+        whole, first = empty(linear.layout), 0
+        for layer in linear.layers:
+            for rows in slices(layer.rows, layer.columns):
+                part = pack(self._source.quantized(layer.name, rows))
+                for array, piece in zip(whole.arrays(), part.arrays(), strict=True):
+                    array[first + rows.start : first + rows.stop] = piece
+            first += layer.rows
         return whole
 
     def _zero_points(self, linear: FusedLinear) -> NDArray[np.uint8]:
@@ -224,11 +218,13 @@ class TableWriter:
             return self._builder.constants[kept.name]
         dtype = self._stored(kept)
 
-        def read() -> NDArray[Any]:
-            tensor = self._source.tensor(kept.name)
-            return to_numpy(tensor) if dtype == onnx_dtype(kept.torch_dtype) else floats(kept.name, tensor, dtype)
+        def pieces() -> Iterator[NDArray[Any]]:
+            for rows in slices(kept.shape[0], math.prod(kept.shape[1:])):
+                tensor = self._source.tensor(kept.name, rows)
+                as_stored = dtype == onnx_dtype(kept.torch_dtype)
+                yield to_numpy(tensor) if as_stored else floats(kept.name, tensor, dtype)
 
-        return self._builder.lazy(kept.name, dtype, kept.shape, read)
+        return self._builder.streamed(kept.name, dtype, kept.shape, pieces)
 
     def gather(self, name: str, kept: KeptTensor, ids: ir.Value) -> ir.Value:
         """ids [batch, tokens] -> [batch, tokens, columns]."""
@@ -255,6 +251,13 @@ class TableWriter:
         if self._stored(kept) == dtype:
             return value
         return self._builder.op("Cast", name, [value], attributes={"to": int(dtype)})[0]
+
+
+def slices(rows: int, columns: int) -> Iterator[range]:
+    """`rows` of `columns` weights, cut so that each slice has at most SLICE_WEIGHTS of them, or one row."""
+    step = max(1, SLICE_WEIGHTS // columns)
+    for start in range(0, rows, step):
+        yield range(start, min(start + step, rows))
 
 
 def bias_name(weight: str) -> str:

@@ -174,18 +174,8 @@ def unpack(packed: Packed, grid: Grid, columns: int, block: int | None = None) -
         raise FailedError(f"the file holds no weight of its grid ({error}); export the artifact again.") from error
 
 
-def stack(parts: Sequence[Packed]) -> Packed:
-    """Several weights over the same inputs as one, row below row. All must share one layout."""
-    zeros = [part.zero_points for part in parts if part.zero_points is not None]
-    return Packed(
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        np.concatenate(zeros) if zeros else None,
-    )
-
-
 def split(packed: Packed, rows: Sequence[int]) -> list[Packed]:
-    """The inverse of `stack`."""
+    """Weights that lie row below row, taken apart."""
     ends = np.cumsum(rows)
     return [
         Packed(

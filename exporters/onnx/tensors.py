@@ -23,8 +23,8 @@ class TensorSource(Protocol):
         """Integers and fields of the linear `name`, or of neighbouring `rows` of it."""
         ...
 
-    def tensor(self, name: str) -> Tensor:
-        """The kept tensor `name` in its own dtype."""
+    def tensor(self, name: str, rows: range | None = None) -> Tensor:
+        """The kept tensor `name` in its own dtype, or neighbouring `rows` of it."""
         ...
 
 

@@ -160,9 +160,9 @@ def test_one_weight_is_resident_at_a_time(artifact_of: Maker, tmp_path: Path, mo
     read = QuantizedCheckpoint.quantized
     peak = 0
 
-    def counted(self: QuantizedCheckpoint, name: str) -> QuantizedTensor:
+    def counted(self: QuantizedCheckpoint, name: str, rows: range | None = None) -> QuantizedTensor:
         nonlocal peak
-        tensor = read(self, name)
+        tensor = read(self, name, rows)
         alive.append(weakref.ref(tensor))
         peak = max(peak, sum(reference() is not None for reference in alive))
         return tensor

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -151,6 +151,13 @@ def make_exporters(names: Sequence[str], options: Mapping[str, Mapping[str, str]
     if unused:
         raise refuse(f"an option for {unused[0]} is given, but {unused[0]} is not exported", "add it with --to", "--to")
     return [_configured(name, classes[name].load(), options.get(name, {})) for name in dict.fromkeys(names)]
+
+
+def changed_options(before: Exporter, after: Exporter) -> str:
+    """What sets `after` apart from `before`, an exporter of the same class, as `--set` would say it."""
+    names = [field.name for field in dataclasses.fields(cast("Any", after))]
+    values = {name: (getattr(before, name), getattr(after, name)) for name in names}
+    return " ".join(f"{after.name}.{name}={str(new).lower()}" for name, (old, new) in values.items() if old != new)
 
 
 def _configured(name: str, kind: type[Any], options: Mapping[str, str]) -> Exporter:

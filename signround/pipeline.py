@@ -31,7 +31,7 @@ from signround.checkpoint import SourceCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
 from signround.evaluate import score, text_windows
 from signround.events import Listener, Notice, StageAdvanced, StageStarted, silent
-from signround.exporting import ExportedModel, Exporter, make_exporters
+from signround.exporting import ExportedModel, Exporter, changed_options, make_exporters
 from signround.file_types import parse_overrides
 from signround.files import sha256_of, sha256_of_json
 from signround.importance import Importance, ImportanceFiles
@@ -326,7 +326,7 @@ def _exported(
             f"model (mean KL {parity.logits.score.mean_kl:.1e}, {wanted:.0e} is wanted)"
         )
         if gentler is not None:
-            on_event(Notice(f"{coarse}; writing it again as {gentler}"))
+            on_event(Notice(f"{coarse}; writing it again with {changed_options(exporter, gentler)}"))
             return _exported(job, gentler, artifact, windows, on_event)
         if parity.passed:
             on_event(Notice(f"{coarse}; it stays, a more exact form would be far slower"))

@@ -174,9 +174,9 @@ def test_products_of_2_and_8_bits_stay_fast(
     )
     assert report["exports"]["onnx"]["passed"]
     notices = [event.text for event in events if isinstance(event, Notice)]
-    again = [notice for notice in notices if "writing it again as" in notice]
+    again = [notice for notice in notices if "writing it again with" in notice]
     assert [4, *(0 if "accuracy_level=0" in notice else 4 for notice in again)] == levels
-    assert all("keep_fast=True" in notice for notice in again if "accuracy_level=0" in notice)
+    assert all("onnx.keep_fast=true" in notice for notice in again if "accuracy_level=0" in notice)
     assert sum("(mean KL 1.0e-02, 5e-04 is wanted); it stays" in notice for notice in notices) == 1
 
 

@@ -1,6 +1,6 @@
 """Our ONNX decoder against the onnxruntime-genai builder's, of the same integers: size, export, loading, speed.
 
-    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--starts 4] [--rounds 5] [--threads 1] [--json table.json]
+    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--starts 4] [--rounds 5] [--json table.json]
 
 For each model given and for one random Llama of about 130 million weights (hidden 1024, 8 layers, 32000 tokens, tied;
 `--no-random` leaves it out) one table: ours, the builder's, and their ratio, so that more than 1 is better for us in
@@ -12,9 +12,9 @@ every row. A Hugging Face folder is rounded to `--scheme` first (speed does not 
   imports included; peak resident memory (VmHWM) of the process.
 - Loading: a fresh process that has imported the runtime; seconds, and resident memory after it.
 - Speed: one process for each graph, asked in turn (ours, theirs, theirs, ours, ...) for `--rounds`, started anew
-  `--starts` times; the fastest repetition of all counts, since other work on a machine only ever adds time. Prefill: one sequence from an empty cache.
-  Decode: one token behind `past` cached ones. Plain onnxruntime runs with bound buffers, past and present in one where
-  both graphs allow it, else concatenated in both.
+  `--starts` times; the fastest repetition of all counts, since other work on a machine only ever adds time. Prefill:
+  one sequence from an empty cache. Decode: one token behind `past` cached ones. Plain onnxruntime runs with bound
+  buffers, past and present in one where both graphs allow it, else concatenated in both.
 
 Ends with code 1 when a target is missed: every speed >= 0.97 and one above 1, export peak memory <= 0.5 (printed as
 theirs over ours: >= 2).
@@ -225,16 +225,17 @@ def speed_rows(folders: dict[str, Path], runtime: str, options: argparse.Namespa
                 workers[maker] = stack.enter_context(Worker(runtime, folders[maker], options.threads))
                 keep_least(loaded[maker], workers[maker].loaded)
 
-            def asked(kind: str, tokens: int, workers: dict[str, Worker] = workers) -> Ask:
-                return lambda maker: workers[maker].seconds(kind, tokens)
-
-            in_turn(options.rounds, [asked(*work) for work in WORKS], fastest)
+            in_turn(options.rounds, [asking(workers, *work) for work in WORKS], fastest)
     ours, theirs = loaded[OURS], loaded[THEIRS]
     rows = [
         Row(f"{runtime}: load", ours["seconds"], theirs["seconds"], "s"),
         Row(f"{runtime}: resident after load", ours["resident"], theirs["resident"], "bytes"),
     ]
     return [*rows, *(speed_row(runtime, *work, fastest) for work in WORKS)]
+
+
+def asking(workers: dict[str, Worker], kind: str, tokens: int) -> Ask:
+    return lambda maker: workers[maker].seconds(kind, tokens)
 
 
 def speed_row(runtime: str, kind: str, tokens: int, fastest: dict[str, dict[str, float]]) -> Row:
@@ -300,9 +301,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
             sources = write_sources(model, Path(temporary), options.scheme)
             rows, apart = compare(sources, Path(temporary), options)
-        print(
-            f"\n{name}, {options.threads} thread(s), {options.starts} x {options.rounds} rounds; logits: {apart:.1e} apart\n"
-        )
+        rounds = f"{options.starts} x {options.rounds} rounds"
+        print(f"\n{name}, {options.threads} thread(s), {rounds}; logits: {apart:.1e} apart\n")
         print("\n".join(lines(rows)), flush=True)
         missed += [f"{name}: {failure}" for failure in failures(rows)]
         tables.append({"model": name, "logits": apart, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]})

@@ -9,7 +9,7 @@ every row. A Hugging Face folder is rounded to `--scheme` first (speed does not 
 - Same integers: one artifact; the builder reads our GPTQ export of it. Both heads stay float, both graphs have
   accuracy_level 4. `logits` is the relative difference of the two graphs at accuracy_level 0.
 - Export: a fresh process each, from the artifact and from the GPTQ folder; seconds from start to end of the process,
-  imports included; peak resident memory (VmHWM) of the process.
+  imports included; peak resident memory (VmHWM) of the process, and what of it came after the imports.
 - Loading: a fresh process that has imported the runtime; seconds, and resident memory after it.
 - Speed: one process for each graph, asked in turn (ours, theirs, theirs, ours, ...) for `--rounds`, started anew
   `--starts` times; the fastest repetition of all counts, since other work on a machine only ever adds time. Prefill:
@@ -169,7 +169,8 @@ def exported(sources: dict[str, Path], folder: Path, maker: str) -> dict[str, fl
     seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{maker} could not export {sources[maker]}:\n{done.stderr}")
-    return {"seconds": seconds, "peak": json.loads(done.stdout.splitlines()[-1])["peak"]}
+    memory: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {"seconds": seconds, "peak": memory["peak"], "above": memory["peak"] - memory["before"]}
 
 
 def graph_bytes(folder: Path) -> int:
@@ -254,6 +255,7 @@ def compare(sources: dict[str, Path], folder: Path, options: argparse.Namespace)
     rows = [Row("file", *(graph_bytes(folders[maker]) for maker in MAKERS), "bytes")]
     rows.append(Row("export", *(exports[maker]["seconds"] for maker in MAKERS), "s"))
     rows.append(Row("export, peak memory", *(exports[maker]["peak"] for maker in MAKERS), "bytes", target=MEMORY))
+    rows.append(Row("export, peak above its imports", *(exports[maker]["above"] for maker in MAKERS), "bytes"))
     share_alike(folders)
     for runtime in RUNTIMES:
         rows += speed_rows(folders, runtime, options)

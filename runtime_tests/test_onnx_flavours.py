@@ -47,6 +47,9 @@ COVERING = [
     ("granite", "w4g32", {}),
     ("olmo2", "q8_0", {}),
 ]
+SOME_SLOW = [
+    pytest.param(*case, marks=[] if index % 4 == 1 else pytest.mark.slow) for index, case in enumerate(COVERING)
+]
 CACHED = ["llama", "qwen2", "gemma2", "phi4-mini-like", "smollm3"]
 
 
@@ -221,7 +224,7 @@ def test_without_fusion_the_weights_are_the_same(case_of: Maker) -> None:
 
 
 @pytest.mark.parametrize("options", [HALF, {**STD, **HALF}, {**PURE, **HALF}], ids=["contrib", "std", "pure"])
-@pytest.mark.parametrize(("family", "scheme", "overrides"), COVERING[1::4])
+@pytest.mark.parametrize(("family", "scheme", "overrides"), SOME_SLOW)
 def test_fp16_stays_within_its_gate(
     case_of: Maker, family: str, scheme: str, overrides: dict[str, Any], options: dict[str, str]
 ) -> None:
@@ -279,3 +282,21 @@ def test_genai_runs_every_flavour(case_of: Maker, family: str, options: dict[str
     prompt = tokens[:1]
     wanted = case.reference.generate(prompt, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(prompt))
     assert torch.equal(genai.greedy(prompt[0], 24), wanted[0, 20:])
+
+
+@pytest.mark.parametrize("options", [{}, STD, PURE], ids=["contrib", "std", "pure"])
+def test_genai_answers_a_batch_of_unequal_prompts(case_of: Maker, options: dict[str, str]) -> None:
+    """Padded on the right, with the pad token of the configuration: what each prompt alone would be answered."""
+    package = pytest.importorskip("onnxruntime_genai")
+    folder = case_of("llama").exported(**options)
+    prompts = [
+        row.tolist() for row in (windows(500, count=1, tokens=12)[0] + 2, windows(500, count=1, tokens=7)[0] + 2)
+    ]
+    alone = [open_genai(folder).greedy(torch.tensor(prompt), 8).tolist() for prompt in prompts]
+    parameters = package.GeneratorParams(package.Model(str(folder)))
+    parameters.set_search_options(max_length=20, batch_size=2, do_sample=False)
+    generator = package.Generator(package.Model(str(folder)), parameters)
+    generator.append_tokens(np.array([prompts[0], prompts[1] + [1] * 5], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert [generator.get_sequence(row)[12:].tolist() for row in range(2)] == alone

@@ -191,12 +191,12 @@ def read_all(format: str, target: Path) -> dict[str, Any]:
     return dict(exporter.read_back(exporter.opened(target)))
 
 
-def one_job(model: Path, out: Path, overrides: list[str]) -> None:
+def one_job(model: Path, out: Path, overrides: list[str], seqlen: int = 64) -> None:
     """Both formats pass their gates and hold the artifact's integers."""
     if not any(find_spec(module) for module in ("llama_cpp", "xllamacpp")):
         pytest.skip("needs llama-cpp-python or xllamacpp")
     report = signround.quantize(
-        model, "w4g32", out, ["onnx", "gguf"], samples=8, seqlen=64, iters=4, tensor_types=overrides
+        model, "w4g32", out, ["onnx", "gguf"], samples=8, seqlen=seqlen, iters=4, tensor_types=overrides
     )
     assert passed(report), {name: found["logits"] for name, found in report["exports"].items()}
     for found in report["exports"].values():
@@ -224,4 +224,4 @@ def test_one_job_writes_the_same_integers_for_both(
 
 @pytest.mark.slow
 def test_the_bundled_model_with_a_quantised_table(tmp_path: Path) -> None:
-    one_job(EXAMPLE, tmp_path / "out", ["lm_head=w8g32"])
+    one_job(EXAMPLE, tmp_path / "out", ["lm_head=w8g32"], seqlen=256)

@@ -39,7 +39,9 @@ def refusals(plan: ModelPlan, checkpoint_format: str) -> list[Refusal]:
         names = [layer.name for layer in plan.outer_layers]
         verb = "is" if len(names) == 1 else "are"
         problem = f"{' and '.join(names)} {verb} quantised, which GPTQ loaders do not read"
-        next_step = "choose a scheme that is one grid, such as w4g32, without --tensor-type for it, or export to gguf"
+        next_step = (
+            "choose a scheme that is one grid, such as w4g32, without --tensor-type for it, or export to gguf or onnx"
+        )
         found.append(Refusal(problem, next_step, SUBJECT))
     linears = {name for block in plan.blocks for name in plan.architecture.block_linears(block.index)}
     floats = [kept.name for block in plan.blocks for kept in block.kept if kept.name in linears]
@@ -50,11 +52,12 @@ def refusals(plan: ModelPlan, checkpoint_format: str) -> list[Refusal]:
         names = [layer.name for layer in layers if wrong(layer)]
         if names:
             found.append(Refusal(f"{problem}; {_listed(names)}", next_step, SUBJECT))
-    if len({layer.grid for layer in layers}) > 1:
+    inner = [layer for block in plan.blocks for layer in block.layers]
+    if len({layer.grid for layer in inner}) > 1:
         found.append(
             Refusal(
                 "one file has one grid for all linears (transformers with optimum ignores overrides without a word), "
-                f"the plan has several; {_listed(_others(layers))} differs from {layers[0].name}",
+                f"the plan has several; {_listed(_others(inner))} differs from {inner[0].name}",
                 "choose a scheme with a single grid and no --tensor-type, or leave out --to gptq",
                 SUBJECT,
             )

@@ -89,8 +89,10 @@ class GraphForm:
         if self.operators is ContribFlavour:
             yield from ContribFlavour.notes(plan.architecture)
         if self._has_int2(plan):
-            yield f"onnx: 2-bit integers are of opset {OPSET_2_BITS}, which onnxruntime loads from 1.27 on."
-        elif self.flavour == "std" and plan.architecture.scales.attention_cap is not None:
+            yield f"onnx: 2-bit integers are of opset {OPSET_2_BITS}, which onnxruntime loads from 1.24 on."
+        if self.dtype == "fp16" and any(CONTAINER[layer.grid.bits] == 2 for layer in plan.layers()):
+            yield "onnx: before 1.30 onnxruntime had no fp16 products of 2 bits on a CPU: such a graph does not load."
+        if self.flavour == "std" and plan.architecture.scales.attention_cap is not None:
             yield "onnx: before 1.27 onnxruntime capped scores of Attention after it masked them: do not use it."
         if self.session_options:
             yield (

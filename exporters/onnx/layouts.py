@@ -27,8 +27,7 @@ MOST_CHUNKS = 100  # MAX_EXTERNAL_DATA_CHUNKS of transformers.js
 BROWSER_DTYPES = {("fp32", 2): "q2", ("fp32", 4): "q4", ("fp32", 8): "q8", ("fp16", 2): "q2f16", ("fp16", 4): "q4f16"}
 # model_type of the decoders that transformers.js has a class and the names of a cache for
 BROWSER_FAMILIES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "olmo2", "qwen2_moe",
-     "qwen3_moe"}
+    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "olmo2"}
 )  # fmt: skip
 
 
@@ -86,7 +85,10 @@ def refusals_of(layout: str, plan: ModelPlan, graph_dtype: str) -> list[Refusal]
         return []
     found = []
     family = plan.architecture.family
-    if family.model_type not in BROWSER_FAMILIES:
+    if plan.architecture.mixture:
+        problem = "the onnxruntime of transformers.js 4.3 does not load QMoE nodes with an accuracy_level"
+        found.append(Refusal(problem, f"leave the layout at {GENAI}", "--layout"))
+    elif family.model_type not in BROWSER_FAMILIES:
         problem = f"transformers.js has no class for {family.hf_class}"
         found.append(Refusal(problem, f"leave the layout at {GENAI}", "--layout"))
     bits = _most_bits(plan)

@@ -19,11 +19,13 @@ from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import genai_config
 from exporters.onnx.layouts import Places
 from signround.artifact import QuantizedCheckpoint
+from signround.checkpoint import SourceCheckpoint
 from signround.cli.main import main
 from signround.errors import FailedError, RefusedError
 from signround.events import silent
 from signround.pipeline import export
-from signround.plan import ModelPlan
+from signround.plan import CalibrationSpec, ModelPlan, make_plan
+from signround.recipes import settings_for
 from signround.runtimes.onnx_files import SUFFIXES, find_graph
 from signround.runtimes.targets import kind_of
 from tests.small_artifacts import write_rounded_artifact
@@ -87,10 +89,14 @@ def test_refusals(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
     assert layouts.refusals_of("genai", with_grids(plan, 8), "fp16") == []
     (bare,) = BROWSER.refusals(replace(plan, files=tmp_path))
     assert "no tokenizer.json" in bare.sentence()
-    family = replace(plan.architecture.family, model_type="mixtral")
+    family = replace(plan.architecture.family, model_type="somebodys")
     other = replace(plan)
     other.__dict__["architecture"] = replace(plan.architecture, family=family)
     assert "no class for LlamaForCausalLM" in layouts.refusals_of("transformers.js", other, "fp32")[0].sentence()
+    write_small_model(tmp_path / "experts", "qwen3-moe", layers=1)
+    settings = settings_for("rtn", context=64, samples=2, seqlen=16)
+    experts = make_plan(SourceCheckpoint(tmp_path / "experts"), "w4g32", settings, CalibrationSpec("self"))
+    assert "does not load QMoE" in " ".join(refusal.sentence() for refusal in BROWSER.refusals(experts))
     with pytest.raises(RefusedError, match="layout 'web'"):
         OnnxExporter(layout="web").export(artifact, tmp_path / "out", silent)
 

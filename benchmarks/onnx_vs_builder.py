@@ -1,6 +1,6 @@
 """Our ONNX decoder against the onnxruntime-genai builder's, of the same integers: size, export, loading, speed.
 
-    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--starts 4] [--rounds 5] [--threads 1] [--json table.json]
+    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--starts 4] [--rounds 5] [--json table.json]
 
 For each model given and for one random Llama of about 130 million weights (hidden 1024, 8 layers, 32000 tokens, tied;
 `--no-random` leaves it out) one table: ours, the builder's, and their ratio, so that more than 1 is better for us in
@@ -9,12 +9,12 @@ every row. A Hugging Face folder is rounded to `--scheme` first (speed does not 
 - Same integers: one artifact; the builder reads our GPTQ export of it. Both heads stay float, both graphs have
   accuracy_level 4. `logits` is the relative difference of the two graphs at accuracy_level 0.
 - Export: a fresh process each, from the artifact and from the GPTQ folder; seconds from start to end of the process,
-  imports included; peak resident memory (VmHWM) of the process.
+  imports included; peak resident memory (VmHWM) of the process, and what of it came after the imports.
 - Loading: a fresh process that has imported the runtime; seconds, and resident memory after it.
 - Speed: one process for each graph, asked in turn (ours, theirs, theirs, ours, ...) for `--rounds`, started anew
-  `--starts` times; the fastest repetition of all counts, since other work on a machine only ever adds time. Prefill: one sequence from an empty cache.
-  Decode: one token behind `past` cached ones. Plain onnxruntime runs with bound buffers, past and present in one where
-  both graphs allow it, else concatenated in both.
+  `--starts` times; the fastest repetition of all counts, since other work on a machine only ever adds time. Prefill:
+  one sequence from an empty cache. Decode: one token behind `past` cached ones. Plain onnxruntime runs with bound
+  buffers, past and present in one where both graphs allow it, else concatenated in both.
 
 Ends with code 1 when a target is missed: every speed >= 0.97 and one above 1, export peak memory <= 0.5 (printed as
 theirs over ours: >= 2).
@@ -169,7 +169,8 @@ def exported(sources: dict[str, Path], folder: Path, maker: str) -> dict[str, fl
     seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{maker} could not export {sources[maker]}:\n{done.stderr}")
-    return {"seconds": seconds, "peak": json.loads(done.stdout.splitlines()[-1])["peak"]}
+    memory: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {"seconds": seconds, "peak": memory["peak"], "above": memory["peak"] - memory["before"]}
 
 
 def graph_bytes(folder: Path) -> int:
@@ -225,16 +226,17 @@ def speed_rows(folders: dict[str, Path], runtime: str, options: argparse.Namespa
                 workers[maker] = stack.enter_context(Worker(runtime, folders[maker], options.threads))
                 keep_least(loaded[maker], workers[maker].loaded)
 
-            def asked(kind: str, tokens: int, workers: dict[str, Worker] = workers) -> Ask:
-                return lambda maker: workers[maker].seconds(kind, tokens)
-
-            in_turn(options.rounds, [asked(*work) for work in WORKS], fastest)
+            in_turn(options.rounds, [asking(workers, *work) for work in WORKS], fastest)
     ours, theirs = loaded[OURS], loaded[THEIRS]
     rows = [
         Row(f"{runtime}: load", ours["seconds"], theirs["seconds"], "s"),
         Row(f"{runtime}: resident after load", ours["resident"], theirs["resident"], "bytes"),
     ]
     return [*rows, *(speed_row(runtime, *work, fastest) for work in WORKS)]
+
+
+def asking(workers: dict[str, Worker], kind: str, tokens: int) -> Ask:
+    return lambda maker: workers[maker].seconds(kind, tokens)
 
 
 def speed_row(runtime: str, kind: str, tokens: int, fastest: dict[str, dict[str, float]]) -> Row:
@@ -253,6 +255,7 @@ def compare(sources: dict[str, Path], folder: Path, options: argparse.Namespace)
     rows = [Row("file", *(graph_bytes(folders[maker]) for maker in MAKERS), "bytes")]
     rows.append(Row("export", *(exports[maker]["seconds"] for maker in MAKERS), "s"))
     rows.append(Row("export, peak memory", *(exports[maker]["peak"] for maker in MAKERS), "bytes", target=MEMORY))
+    rows.append(Row("export, peak above its imports", *(exports[maker]["above"] for maker in MAKERS), "bytes"))
     share_alike(folders)
     for runtime in RUNTIMES:
         rows += speed_rows(folders, runtime, options)
@@ -300,9 +303,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
             sources = write_sources(model, Path(temporary), options.scheme)
             rows, apart = compare(sources, Path(temporary), options)
-        print(
-            f"\n{name}, {options.threads} thread(s), {options.starts} x {options.rounds} rounds; logits: {apart:.1e} apart\n"
-        )
+        rounds = f"{options.starts} x {options.rounds} rounds"
+        print(f"\n{name}, {options.threads} thread(s), {rounds}; logits: {apart:.1e} apart\n")
         print("\n".join(lines(rows)), flush=True)
         missed += [f"{name}: {failure}" for failure in failures(rows)]
         tables.append({"model": name, "logits": apart, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]})

@@ -182,18 +182,23 @@ def serve(runtime: str, folder: Path, threads: int) -> None:
         print(json.dumps(bench.answer(**json.loads(line))), flush=True)
 
 
-def export_ours(source: Path, out: Path) -> None:
-    """`source` is an artifact."""
+def export_ours(source: Path, out: Path) -> int:
+    """`source` is an artifact. Bytes that were resident when everything was imported."""
+    import onnx_ir  # noqa: F401  # which the exporter imports when it begins
+
     from signround.pipeline import export
 
+    before = status("VmRSS")
     export(source, "onnx", out, options={"accuracy_level": str(ACCURACY_LEVEL)})
+    return before
 
 
-def export_theirs(source: Path, out: Path) -> None:
+def export_theirs(source: Path, out: Path) -> int:
     """`source` is a GPTQ folder, or a float model when it is not quantised. The head stays float, as in our graphs, and
     is not tied to the embedding: the builder would round a tied table to 4 bits."""
     from onnxruntime_genai.models import builder
 
+    before = status("VmRSS")
     quantised = "quantization_config" in json.loads((source / "config.json").read_text())
     options = ["hf_token=false", "shared_embeddings=false"]
     if quantised:
@@ -201,6 +206,7 @@ def export_theirs(source: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as cache:
         place = ("", str(source), str(out), "int4" if quantised else "fp32", "cpu", cache)
         builder.create_model(*place, **builder.parse_extra_options(*place, options))
+    return before
 
 
 EXPORTS = {"signround": export_ours, "builder": export_theirs}
@@ -222,9 +228,9 @@ def main() -> None:
         serve(args.runtime, args.folder, args.threads)
         return
     with contextlib.redirect_stdout(sys.stderr):
-        EXPORTS[args.maker](args.source, args.out)
+        before = EXPORTS[args.maker](args.source, args.out)
     logging.shutdown()
-    print(json.dumps({"peak": status("VmHWM")}))
+    print(json.dumps({"before": before, "peak": status("VmHWM")}))
 
 
 if __name__ == "__main__":

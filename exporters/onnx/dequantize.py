@@ -12,9 +12,8 @@ are no multiple of 4 (`refusals`): onnxruntime 1.25 to 1.32 fuse them, without a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 
 NODE_SUFFIX = ".dequantized"  # after the name of the linear; its bias is the constant `NAME.bias`
 ROW_MULTIPLE_2_BITS = 4
+PIECE_COLUMNS = 16  # a multiple of these are whole bytes, whatever the bits and rows
+PIECE_WEIGHTS = 1 << 22  # transposed at a time
 OPSET_READ, IR_READ = 25, 13  # for a node alone: what has every type
 
 
@@ -60,22 +61,34 @@ def refusals(plan: ModelPlan) -> list[Refusal]:
     return [Refusal(problem, "use weights=matmulnbits, or 3 or 4 bits", "onnx")]
 
 
-def to_columns(packed: Packed, layout: Layout) -> Columns:
-    """MatMulNBits' arrays transposed; without zero points the codes become signed."""
-    codes = unpack_bits(packed.codes.reshape(layout.rows, -1), layout.bits)[:, : layout.columns]
-    zeros = None
-    if packed.zero_points is None:
-        codes = (codes - _half(layout)).view(np.int8)  # wraps below 0, as int8 does
-    else:
-        zeros = np.ascontiguousarray(unpack_bits(packed.zero_points, layout.bits)[:, : layout.blocks].T)
-    return Columns(np.ascontiguousarray(codes.T), np.ascontiguousarray(packed.scales.T), zeros)
+def code_pieces(packed: Packed, layout: Layout) -> Iterator[NDArray[Any]]:
+    """MatMulNBits' codes transposed, slice after slice of the columns: int8 or uint8 [columns, rows] of 8 bits, else
+    their bytes, uint8 [n], codes one after the other from the lowest bits on. Without zero points codes are signed."""
+    half = np.uint8(0 if layout.has_zero_points else 2 ** (layout.bits - 1))
+    rows_of_bytes = packed.codes.reshape(layout.rows, -1)
+    step = PIECE_COLUMNS * max(1, PIECE_WEIGHTS // (PIECE_COLUMNS * layout.rows))
+    for start in range(0, layout.columns, step):
+        end = min(start + step, layout.columns)
+        part = rows_of_bytes[:, start * layout.bits // 8 : -(-end * layout.bits // 8)]
+        codes = np.ascontiguousarray(unpack_bits(part, layout.bits)[:, : end - start].T)
+        codes = (codes - half) & np.uint8(2**layout.bits - 1)  # wraps below 0, as two's complement does
+        if layout.bits < 8:
+            yield pack_bits(codes.reshape(1, -1), layout.bits)[0]
+        else:
+            yield codes if layout.has_zero_points else codes.view(np.int8)
+
+
+def transposed_zeros(packed: Packed, layout: Layout) -> NDArray[np.uint8]:
+    """uint8 [blocks, rows]; there must be zero points."""
+    assert packed.zero_points is not None
+    return np.ascontiguousarray(unpack_bits(packed.zero_points, layout.bits)[:, : layout.blocks].T)
 
 
 def from_columns(columns: Columns, layout: Layout) -> Packed:
-    """The inverse of `to_columns`, up to what pads a ragged last block."""
+    """The inverse of `code_pieces` and of the transpositions, up to what pads a ragged last block."""
     codes = np.ascontiguousarray(columns.codes.T).view(np.uint8)
     if columns.zero_points is None:
-        codes = codes + _half(layout)
+        codes = codes + np.uint8(2 ** (layout.bits - 1))
     padding = layout.blocks * layout.block - layout.columns
     codes = np.pad(codes, ((0, 0), (0, padding)))
     zeros = columns.zero_points
@@ -86,37 +99,35 @@ def from_columns(columns: Columns, layout: Layout) -> Packed:
     )
 
 
-def _half(layout: Layout) -> np.uint8:
-    return np.uint8(2 ** (layout.bits - 1))
-
-
 class DequantizeWriter:
-    """Adds DequantizeLinear and MatMul for each linear; keeps the arrays of the latest one, as `LinearWriter` does."""
+    """Adds DequantizeLinear and MatMul for each linear. What is in memory is MatMulNBits' arrays of the latest one, and
+    one transposed slice."""
 
     def __init__(self, builder: GraphBuilder, packer: LinearWriter) -> None:
         self._builder = builder
         self._packer = packer
-        self._columns = lru_cache(maxsize=1)(self._transposed)
-
-    def _transposed(self, linear: FusedLinear) -> Columns:
-        return to_columns(self._packer.packed(linear), linear.layout)
-
-    def _zero_points(self, linear: FusedLinear) -> NDArray[np.uint8]:
-        zeros = self._columns(linear).zero_points
-        assert zeros is not None
-        return zeros
 
     def add(self, name: str, value: ir.Value, layers: Sequence[LayerPlan], biased: bool) -> ir.Value:
         """value [.., columns] -> [.., rows of all layers]."""
         builder, linear = self._builder, FusedLinear(tuple(layers))
         layout, dtype = linear.layout, self._builder.float_type
         integers, shape = _integers(layout), (layout.blocks, layout.rows)
+
+        def packed() -> Packed:
+            return self._packer.packed(linear)
+
+        def scales() -> NDArray[Any]:
+            return packed().scales.T.astype(dtype.numpy())
+
         inputs = [
-            builder.lazy(f"{name}.codes", integers, (layout.columns, layout.rows), lambda: self._columns(linear).codes),
-            builder.lazy(f"{name}.scales", dtype, shape, lambda: self._columns(linear).scales.astype(dtype.numpy())),
+            builder.streamed(
+                f"{name}.codes", integers, (layout.columns, layout.rows), lambda: code_pieces(packed(), layout)
+            ),
+            builder.lazy(f"{name}.scales", dtype, shape, scales),
         ]
         if layout.has_zero_points:
-            inputs.append(builder.lazy(f"{name}.zero_points", integers, shape, lambda: self._zero_points(linear)))
+            zeros = builder.lazy(f"{name}.zero_points", integers, shape, lambda: transposed_zeros(packed(), layout))
+            inputs.append(zeros)
         attributes = {"axis": 0, "block_size": layout.block}
         weight = builder.op(
             "DequantizeLinear", name + NODE_SUFFIX, inputs, attributes=attributes, metadata=linear.metadata

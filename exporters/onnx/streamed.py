@@ -16,8 +16,9 @@ Pieces = Callable[[], Iterator[NDArray[Any]]]
 
 
 class StreamedTensor(ir.LazyTensor):
-    """`pieces` gives arrays that follow each other along the first axis, in the dtype of the tensor; it is asked each
-    time that the tensor is read. Only `tofile` goes through them one by one."""
+    """`pieces` gives arrays that follow each other along the first axis, in the dtype of the tensor, or the bytes of
+    integers of less than 8 bits; it is asked each time that the tensor is read. Only `tofile` goes through them one by
+    one."""
 
     __slots__ = ("_pieces",)
 
@@ -25,8 +26,10 @@ class StreamedTensor(ir.LazyTensor):
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self._pieces = pieces
 
-    def _whole(self) -> ir.Tensor[NDArray[Any]]:
+    def _whole(self) -> ir.TensorProtocol:
         array = np.concatenate(list(self._pieces()))
+        if self.dtype.bitwidth < 8:
+            return ir.PackedTensor(array, self.dtype, shape=self.shape, name=self.name)
         if array.shape != tuple(self.shape.numpy()):
             raise ValueError(f"{self.name} must have shape {self.shape}, got {array.shape}")
         return ir.Tensor(array, dtype=self.dtype, name=self.name)

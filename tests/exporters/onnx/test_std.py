@@ -17,8 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exporters.onnx import dequantize
+from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.checker import problems_of
-from exporters.onnx.dequantize import from_columns, to_columns
+from exporters.onnx.dequantize import Columns, code_pieces, from_columns, transposed_zeros
 from exporters.onnx.exporter import OnnxExporter
 from exporters.onnx.packing import layout_of, pack, unpack
 from exporters.onnx.reader import load_graph
@@ -71,21 +73,29 @@ def slow_columns(tensor: QuantizedTensor, block: int) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(HELD), st.integers(1, 9), st.integers(1, 90), st.integers(0, 2**32 - 1))
-def test_columns_hold_the_weight_and_come_back(scheme: str, rows: int, columns: int, seed: int) -> None:
+@given(
+    st.sampled_from(HELD), st.integers(1, 9), st.integers(1, 90), st.sampled_from([1, 100, 1000]),
+    st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_columns_hold_the_weight_and_come_back(scheme: str, rows: int, columns: int, piece: int, seed: int) -> None:
     tensor = random_tensor(grid_for(scheme), rows, columns, seed)
     layout = layout_of(tensor.grid, rows, columns)
-    found = to_columns(pack(tensor), layout)
-    assert found.codes.shape == (columns, rows)
-    assert found.scales.shape == (layout.blocks, rows)
-    half = 2 ** (layout.bits - 1)
-    low, high = (0, 2 * half - 1) if layout.has_zero_points else (-half, half - 1)
-    assert found.codes.dtype == (np.uint8 if layout.has_zero_points else np.int8)
-    assert low <= found.codes.min() <= found.codes.max() <= high
-    zeros = 0 if found.zero_points is None else np.repeat(found.zero_points.astype(int), layout.block, 0)[:columns]
-    scales = np.repeat(found.scales, layout.block, 0)[:columns]
-    assert np.array_equal((found.codes.astype(int) - zeros) * scales, slow_columns(tensor, layout.block))
-    assert same(unpack(from_columns(found, layout), tensor.grid, columns), tensor)
+    packed = pack(tensor)
+    signed = "U" if layout.has_zero_points else ""
+    dtype = ir.DataType[f"{signed}INT{layout.bits}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dequantize, "PIECE_WEIGHTS", piece)
+        made = GraphBuilder().streamed("codes", dtype, (columns, rows), lambda: code_pieces(packed, layout))
+        stored = made.const_value
+        assert stored is not None
+        codes, data = stored.numpy().astype(np.uint8 if signed else np.int8), stored.tobytes()
+    assert data == ir.Tensor(codes, dtype=dtype).tobytes()  # packed as the onnx package packs
+    zeros = transposed_zeros(packed, layout) if layout.has_zero_points else None
+    shift = 0 if zeros is None else np.repeat(zeros.astype(int), layout.block, 0)[:columns]
+    scales = np.repeat(packed.scales.T, layout.block, 0)[:columns]
+    assert np.array_equal((codes.astype(int) - shift) * scales, slow_columns(tensor, layout.block))
+    back = from_columns(Columns(codes, packed.scales.T, zeros), layout)
+    assert same(unpack(back, tensor.grid, columns), tensor)
 
 
 @pytest.mark.parametrize("options", [PURE, PURE_HALF, {"dtype": "fp16"}], ids=str)

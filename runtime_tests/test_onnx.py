@@ -249,8 +249,12 @@ def test_broken_folders_end_in_one_sentence(
     runtime.close()
     with pytest.raises(FailedError, match="closed"):
         list(runtime.logits(windows(512)))
+    with open(folder / "model.onnx.data", "r+b") as data:
+        data.truncate(5000)
+    with pytest.raises(RefusedError, match=r"model\.onnx\.data is cut short, .* bytes are needed; export"):
+        open_onnxruntime(folder)
     (folder / "model.onnx.data").unlink()
-    with pytest.raises(FailedError, match="cannot load"):
+    with pytest.raises(RefusedError, match=r"model\.onnx\.data is missing; export the artifact again"):
         open_onnxruntime(folder)
     with pytest.raises(FailedError, match="cannot load"):
         open_genai(folder)

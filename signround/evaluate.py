@@ -224,7 +224,7 @@ class _Totals:
         self.reference_square += centred.square().sum(dtype=torch.float64).item()
 
     def score(self, *, compared: bool) -> Score:
-        perplexity = math.exp(self.likelihood / self.scored)
+        perplexity = _perplexity(self.likelihood / self.scored)
         if not compared:
             return Score(perplexity, self.scored, self.positions)
         divergences = torch.cat(self.divergences)
@@ -237,9 +237,17 @@ class _Totals:
             top1_agreement=self.agreed / self.compared,
             max_abs_difference=self.largest,
             relative_error=math.sqrt(self.difference_square / self.reference_square),
-            reference_perplexity=math.exp(self.reference_likelihood / self.scored),
+            reference_perplexity=_perplexity(self.reference_likelihood / self.scored),
             median_kl=divergences.median().item(),
         )
+
+
+def _perplexity(mean: float) -> float:
+    """Infinite for logits that no model gives: those of a damaged file."""
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
 
 
 def _log_likelihood(log_probabilities: Tensor, tokens: Tensor) -> float:

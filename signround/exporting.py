@@ -27,6 +27,7 @@ from signround.plan import ModelPlan
 from signround.qtensor import QuantizedTensor
 
 GROUP = "signround.exporters"
+KINDS = {bool: "true or false", int: "a whole number", float: "a number"}  # of options, as errors say them
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,12 @@ def make_exporters(names: Sequence[str], options: Mapping[str, Mapping[str, str]
             )
     unused = [name for name in options if name not in names]
     if unused:
-        raise refuse(f"an option for {unused[0]} is given, but {unused[0]} is not exported", "add it with --to", "--to")
+        option = next(iter(options[unused[0]]))
+        raise refuse(
+            f"the option {unused[0]}.{option} is given, but {unused[0]} is not exported",
+            f"add --to {unused[0]}, or leave the option out",
+            "--to",
+        )
     return [_configured(name, classes[name].load(), options.get(name, {})) for name in dict.fromkeys(names)]
 
 
@@ -157,7 +163,11 @@ def changed_options(before: Exporter, after: Exporter) -> str:
     """What sets `after` apart from `before`, an exporter of the same class, as `--set` would say it."""
     names = [field.name for field in dataclasses.fields(cast("Any", after))]
     values = {name: (getattr(before, name), getattr(after, name)) for name in names}
-    return " ".join(f"{after.name}.{name}={str(new).lower()}" for name, (old, new) in values.items() if old != new)
+    return " ".join(f"{after.name}.{name}={_spelled(new)}" for name, (old, new) in values.items() if old != new)
+
+
+def _spelled(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _configured(name: str, kind: type[Any], options: Mapping[str, str]) -> Exporter:
@@ -172,7 +182,7 @@ def _configured(name: str, kind: type[Any], options: Mapping[str, str]) -> Expor
             values[key] = _parsed(text, default)
         except ValueError as error:
             raise refuse(
-                f"{name}.{key} needs a {type(default).__name__}, got {text!r}", "give such a value", "--set"
+                f"{name}.{key} needs {KINDS.get(type(default), 'text')}, got {text!r}", "give such a value", "--set"
             ) from error
     exporter: Exporter = kind(**values)
     return exporter

@@ -36,7 +36,7 @@ from signround.file_types import parse_overrides
 from signround.files import sha256_of, sha256_of_json
 from signround.importance import Importance, ImportanceFiles
 from signround.measure import peak_memory, physical_memory, reset_peak_memory
-from signround.parity import Parity
+from signround.parity import LogitParity, Parity
 from signround.parity import verify as verify_files
 from signround.plan import ModelPlan, make_plan
 from signround.recipes import TuningSettings, fit_to_memory, settings_for
@@ -46,6 +46,7 @@ from signround.runtimes.torch_blocks import float_model, rounded_model, tuned_mo
 from signround.tuning.chain import TuningChain
 
 IMATRIX = "imatrix.gguf"  # beside the model, for tools that take llama.cpp's importance matrices
+SINGLE_FILES = frozenset({"gguf"})  # formats whose files stand beside others and leave them alone
 EVALUATION_CONTEXT = 512  # tokens a window of the user's text
 
 
@@ -183,13 +184,19 @@ def export(
 ) -> ExportedModel:
     """Write one more format from a finished artifact into the folder `out`; no tuning.
 
-    Raises RefusedError when the format cannot hold the artifact's grids.
+    Raises RefusedError when the format cannot hold the artifact's grids, and when something is in the way that writing
+    would remove.
     """
     checkpoint = artifact if isinstance(artifact, QuantizedCheckpoint) else QuantizedCheckpoint(artifact)
     exporter = make_exporters([to], {to: options} if options else None)[0] if isinstance(to, str) else to
-    refusals = _format_refusals(exporter, checkpoint.plan)
+    refusals = _format_refusals(exporter, checkpoint.plan) + _target_refusals(exporter, Path(out))
     if refusals:
         raise RefusedError(refusals)
+    return _written(checkpoint, exporter, Path(out), on_event)
+
+
+def _written(checkpoint: QuantizedCheckpoint, exporter: Exporter, out: Path, on_event: Listener) -> ExportedModel:
+    """The files of one format, in place of those that an earlier run of the job left in `out`."""
     damaged = checkpoint.damaged()
     if damaged:
         raise FailedError(
@@ -197,9 +204,9 @@ def export(
             "run the `signround quantize` command that made it again, it repairs them."
         )
     on_event(StageStarted("export", exporter.name))
-    exported = exporter.export(checkpoint, Path(out), on_event)
+    exported = exporter.export(checkpoint, out, on_event)
     if isinstance(exporter, ImportanceFiles) and (importance := checkpoint.importance()) is not None:
-        exporter.write_importance(importance, Path(out) / IMATRIX, checkpoint.plan)
+        exporter.write_importance(importance, out / IMATRIX, checkpoint.plan)
     return exported
 
 
@@ -312,7 +319,7 @@ def _exported(
     gate, or what was aimed at, the exporter's next more exact variant is written instead."""
     reset_peak_memory()
     started = time.monotonic()
-    exported = export(artifact, exporter, job.out / exporter.name, on_event=on_event)
+    exported = _written(artifact, exporter, job.out / exporter.name, on_event)
     seconds, (peak, _) = time.monotonic() - started, peak_memory()
     on_event(StageStarted("verify", exporter.name))
     reset_peak_memory()
@@ -320,17 +327,23 @@ def _exported(
     gentler = exporter.more_exact(job.plan)
     if parity.only_activations_failed:
         assert parity.logits is not None
-        wanted = (parity.logits.aim or parity.logits.gate).mean_kl
-        coarse = (
-            f"{exporter.name}: the file is exact, but {parity.logits.runtime} rounds activations too coarsely for this "
-            f"model (mean KL {parity.logits.score.mean_kl:.1e}, {wanted:.0e} is wanted)"
-        )
+        coarse = _coarse(exporter, parity.logits)
         if gentler is not None:
             on_event(Notice(f"{coarse}; writing it again with {changed_options(exporter, gentler)}"))
             return _exported(job, gentler, artifact, windows, on_event)
         if parity.passed:
             on_event(Notice(f"{coarse}; it stays, a more exact form would be far slower"))
-    return ExportResult(exported, parity, seconds, peak, peak_memory()[0])
+    options = changed_options(type(exporter)(), exporter)
+    return ExportResult(exported, parity, seconds, peak, peak_memory()[0], options)
+
+
+def _coarse(exporter: Exporter, run: LogitParity) -> str:
+    """What a runtime does to a file that is exact."""
+    wanted = (run.aim or run.gate).mean_kl
+    return (
+        f"{exporter.name}: the file is exact, but {run.runtime} rounds activations too coarsely for this model "
+        f"(mean KL {run.score.mean_kl:.1e}, {wanted:.0e} is wanted)"
+    )
 
 
 def verify(
@@ -345,7 +358,20 @@ def verify(
         )
     exporter = make_exporters([kind])[0]
     tokens = kept_tokens(checkpoint.folder / TOKENS)
-    return verify_files(checkpoint, exporter, exporter.opened(path), tokens.evaluation, on_event)
+    parity = verify_files(checkpoint, exporter, exporter.opened(path), tokens.evaluation, on_event)
+    if parity.only_activations_failed and not parity.passed and (forms := _more_exact_forms(exporter, checkpoint.plan)):
+        assert parity.logits is not None
+        on_event(Notice(f"{_coarse(exporter, parity.logits)}; export it again with {' or '.join(forms)}"))
+    return parity
+
+
+def _more_exact_forms(exporter: Exporter, plan: ModelPlan) -> list[str]:
+    """The options of every step that `quantize` would try, the fastest first."""
+    forms, form = [], exporter.more_exact(plan)
+    while form is not None:
+        forms.append(" ".join(f"--set {option}" for option in changed_options(exporter, form).split()))
+        form = form.more_exact(plan)
+    return forms
 
 
 def _format_refusals(exporter: Exporter, plan: ModelPlan) -> list[Refusal]:
@@ -356,6 +382,17 @@ def _format_refusals(exporter: Exporter, plan: ModelPlan) -> list[Refusal]:
         else replace(refusal, subject=": ".join(filter(None, (exporter.name, refusal.subject))))
         for refusal in exporter.refusals(plan)
     ]
+
+
+def _target_refusals(exporter: Exporter, out: Path) -> list[Refusal]:
+    """What lies where a format is to be written. Most exporters replace the whole folder, and that may be anything: the
+    model itself, the job, a repository."""
+    if out.exists() and not out.is_dir():
+        return [Refusal("a file of this name exists", "choose another -o folder", str(out))]
+    if exporter.name not in SINGLE_FILES and out.is_dir() and any(out.iterdir()):
+        problem = f"the folder is not empty, and {exporter.name} would replace all that it holds"
+        return [Refusal(problem, "choose an empty or new -o folder, or delete this one first", str(out))]
+    return []
 
 
 def _output_refusals(out: Path, plan: ModelPlan, exporters: Sequence[Exporter]) -> list[Refusal]:

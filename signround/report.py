@@ -64,13 +64,15 @@ class Perplexities:
 @dataclass(frozen=True)
 class ExportResult:
     """One written format with its verdict, and what writing it took. `verify_peak_rss_bytes` is of this process:
-    onnxruntime runs in it and holds the whole file, llama.cpp and the GPTQ loader have processes of their own."""
+    onnxruntime runs in it and holds the whole file, llama.cpp and the GPTQ loader have processes of their own.
+    `options`: those that are not the defaults, as `--set` takes them, asked for or fallen back to."""
 
     exported: ExportedModel
     parity: Parity
     seconds: float
     peak_rss_bytes: int
     verify_peak_rss_bytes: int = 0
+    options: str = ""
 
 
 def build_report(
@@ -128,6 +130,7 @@ def _export_json(artifact: QuantizedCheckpoint, result: ExportResult, out: Path)
     size = sum(path.stat().st_size for path in result.exported.files if path.suffix not in (".json", ".jinja", ".txt"))
     return {
         "target": str(result.exported.target.relative_to(out)),
+        "options": result.options,
         "files": files,
         "bytes": sum(path.stat().st_size for path in result.exported.files),
         "bits_per_weight": 8 * size / artifact.plan.parameters,
@@ -269,24 +272,41 @@ def _rate(tokens: float) -> str:
     return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.1f}"
 
 
+def _only_rounded(report: Mapping[str, Any]) -> bool:
+    return bool(report["recipe"]["method"] == "rtn")
+
+
+def form_lines(report: Mapping[str, Any]) -> list[str]:
+    """What stands below the table: the formats whose form is not the default one (reports of before have no word)."""
+    exports = report["exports"].items()
+    return [f"{name} was written with {options}" for name, export in exports if (options := export.get("options"))]
+
+
 def summary_lines(report: Mapping[str, Any]) -> list[str]:
     """What stands above the table: model, scheme, perplexities, tuning."""
     model, tuning = report["model"], report["tuning"]
+    did = "rounded to nearest, nothing tuned; calibrated" if _only_rounded(report) else "tuned with {method}"
     lines = [
         f"{model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, scheme {report['scheme']} "
         f"({report['artifact']['bits_per_weight']:.2f} bits a weight in the tuned linears)",
-        f"tuned with {report['recipe']['method']} on {report['calibration']['tokens']:,} tokens "
+        f"{did.format(method=report['recipe']['method'])} on {report['calibration']['tokens']:,} tokens "
         f"({report['calibration']['source']}) in {tuning['seconds']:.0f} s, peak memory "
         f"{tuning['peak_rss_bytes'] / 1e9:.2f} GB",
     ]
     perplexity = report["perplexity"]
     if perplexity:
+        tuned = f", tuned {perplexity['tuned']:.3f} ({perplexity['gap_closed']:.0%} of the gap closed)"
         lines.append(
             f"perplexity on {perplexity['tokens']:,} tokens of {perplexity['text']}: float {perplexity['float']:.3f}, "
-            f"rounded {perplexity['rounded']:.3f}, tuned {perplexity['tuned']:.3f} "
-            f"({perplexity['gap_closed']:.0%} of the gap closed)"
+            f"rounded {perplexity['rounded']:.3f}" + ("" if _only_rounded(report) else tuned)
         )
     return lines
+
+
+BLOCKS = (
+    "\n## Blocks\n\nLosses are mean squared errors of the block's output on the held-out samples.\n\n"
+    "| block | rounded | tuned | kept | seconds |\n| --- | --- | --- | --- | --- |\n"
+)
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -307,8 +327,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "# signround report\n\n"
         + "\n".join(f"- {line}" for line in summary_lines(report))
         + f"\n\n## Files against the tuned model\n\n{table}\n"
-        + "\n## Blocks\n\nLosses are mean squared errors of the block's output on the held-out samples.\n\n"
-        + f"| block | rounded | tuned | kept | seconds |\n| --- | --- | --- | --- | --- |\n{blocks}\n"
+        + "".join(f"\n{line}\n" for line in form_lines(report))
+        + ("" if _only_rounded(report) else BLOCKS + blocks + "\n")
         + _experts_section(report["tuning"]["blocks"])
         + f"\n## Written\n\n| file | bytes | sha256 |\n| --- | --- | --- |\n{files}\n"
     )
@@ -349,7 +369,9 @@ def web_page(report: Mapping[str, Any]) -> str:
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows(report)
     )
-    bars = "".join(_bar(block) for block in report["tuning"]["blocks"])
+    forms = "".join(f"<p>{html.escape(line)}</p>" for line in form_lines(report))
+    rows = "".join(_bar(block) for block in report["tuning"]["blocks"])
+    bars = "" if _only_rounded(report) else f"<h2>Loss of each block, tuned over rounded</h2><table>{rows}</table>"
     style = (
         "body{font:15px/1.5 system-ui;margin:2em auto;max-width:70em;padding:0 1em}"
         "table{border-collapse:collapse}td,th{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:left}"
@@ -358,8 +380,7 @@ def web_page(report: Mapping[str, Any]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>signround report</title><style>{style}</style>'
         f"<h1>signround report</h1><ul>{items}</ul><h2>Files against the tuned model</h2>"
-        f"<table><tr>{head}</tr>{body}</table><h2>Loss of each block, tuned over rounded</h2>"
-        f"<table>{bars}</table></html>\n"
+        f"<table><tr>{head}</tr>{body}</table>{forms}{bars}</html>\n"
     )
 
 

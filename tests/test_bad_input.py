@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from signround import artifact as artifact_room
 from signround import files
+from signround.artifact import QuantizedCheckpoint
 from tests.refusals import FAST, Capture, half_written, is_refused, quantize, signround
 from tests.small_models import write_small_model
 
@@ -138,9 +139,10 @@ def test_a_tokenizer_that_cannot_be_carried(model: Path, out: Path, capsys: Capt
         (("--recipe", "slow"), ("recipe 'slow' is not known", "fast, default, best")),
         (("--device", "tpu"), ("device 'tpu' is not known", "cpu, cuda")),
         (("--calibration", "nowhere.txt"), ("'nowhere.txt' is no file", "hub:NAME")),
-        (("--set", "gguf.float_type=f16"), ("option for gguf", "gguf is not exported")),
+        (("--set", "gguf.float_type=f16"), ("option gguf.float_type is given", "gguf is not exported; add --to gguf")),
+        (("--to", "onnx", "--layout", "genai", "--set", "onnx.layout=x"), ("onnx.layout is both genai and x",)),
         (("--to", "gguf", "--set", "gguf.colour=red"), ("no option 'colour'", "float_type")),
-        (("--to", "onnx", "--set", "onnx.accuracy_level=high"), ("accuracy_level needs a int",)),
+        (("--to", "onnx", "--set", "onnx.accuracy_level=high"), ("accuracy_level needs a whole number",)),
         (("--to", "onnx", "--set", "accuracy_level=4"), ("FORMAT.OPTION=VALUE",)),
         (("--samples", "1"), ("--samples: 1 is too small",)),
         (("--seqlen", "100000"), ("exceed the model's context of 512",)),
@@ -254,6 +256,27 @@ def test_a_file_in_the_way(llama_folder: Path, out: Path, capsys: Capture) -> No
     out.write_text("precious")
     is_refused(quantize(capsys, llama_folder, out), "a file of this name exists", "choose another -o folder")
     assert out.read_text() == "precious"
+
+
+@pytest.mark.parametrize("format", ["gguf", "gptq", "onnx"])
+def test_an_export_removes_nothing(
+    rounded_artifact: QuantizedCheckpoint, out: Path, capsys: Capture, format: str
+) -> None:
+    """A folder that is replaced as a whole may be the model itself, or the job."""
+    command = ("export", rounded_artifact.folder, "--to", format, "-o", out)
+    out.write_text("precious")
+    is_refused(signround(capsys, *command), str(out), "a file of this name exists", "choose another -o folder")
+    assert out.read_text() == "precious"
+    out.unlink()
+    out.mkdir()
+    assert signround(capsys, *command)[0] == 0  # an empty one is fine
+    (out / "model.safetensors").write_text("precious")
+    outcome = signround(capsys, *command)
+    if format == "gguf":
+        assert outcome[0] == 0
+    else:
+        is_refused(outcome, str(out), f"{format} would replace all that it holds", "delete this one first")
+    assert (out / "model.safetensors").read_text() == "precious"
 
 
 @pytest.mark.parametrize("other", ["scheme", "seed", "model", "calibration"])

@@ -108,7 +108,7 @@ def test_a_setting_of_another_format_is_refused(llama_folder: Path, tmp_path: Pa
         capsys, "export", tmp_path, "--to", "gguf", "-o", tmp_path / "x", "--set", "onnx.fallback=false"
     )
     assert code == 2
-    assert "--set names another format than gguf" in stderr
+    assert "--set: it names another format than gguf" in stderr
 
 
 def test_progress_goes_to_stderr_line_by_line(capsys: Capture) -> None:

@@ -100,6 +100,12 @@ def test_broken_logits_do_not_look_perfect() -> None:
         assert math.isnan(value)
 
 
+def test_absurd_logits_have_an_infinite_perplexity() -> None:
+    """Those of a file with one damaged scale; `math.exp` would raise."""
+    target, _, windows = scripted_pair()
+    assert score(Scripted(1e6 * target, [5]), windows).perplexity == float("inf")
+
+
 def test_without_a_reference_nothing_is_compared() -> None:
     target, _, windows = scripted_pair()
     found = score(Scripted(target, [5]), windows)

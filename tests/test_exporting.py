@@ -80,11 +80,11 @@ def test_options_take_the_type_of_their_default(text: dict[str, str], expected: 
         (["bare"], {"plain": {"level": "1"}}, "plain is not exported"),
         (["plain"], {"plain": {"colour": "red"}}, "no option 'colour'; its options are: flavour, level, share, tidy"),
         (["bare"], {"bare": {"level": "1"}}, "its options are: none"),
-        (["plain"], {"plain": {"level": "many"}}, "plain.level needs a int, got 'many'"),
-        (["plain"], {"plain": {"level": "1.5"}}, "plain.level needs a int"),
-        (["plain"], {"plain": {"share": "half"}}, "plain.share needs a float"),
-        (["plain"], {"plain": {"tidy": "1"}}, "plain.tidy needs a bool"),
-        (["plain"], {"plain": {"tidy": ""}}, "plain.tidy needs a bool"),
+        (["plain"], {"plain": {"level": "many"}}, "plain.level needs a whole number, got 'many'"),
+        (["plain"], {"plain": {"level": "1.5"}}, "plain.level needs a whole number"),
+        (["plain"], {"plain": {"share": "half"}}, "plain.share needs a number"),
+        (["plain"], {"plain": {"tidy": "1"}}, "plain.tidy needs true or false"),
+        (["plain"], {"plain": {"tidy": ""}}, "plain.tidy needs true or false"),
     ],
 )
 def test_refusals(names: list[str], options: dict[str, dict[str, str]], fragment: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from signround.formats import scheme_names
 from signround.inspection import inspect_target, inspection_lines, scheme_table
 from signround.mixes import FILE_TYPES, PRESETS
 from signround.pipeline import export
+from signround.runtimes.targets import kind_of
 from tests.small_artifacts import write_rounded_artifact
 
 
@@ -89,6 +91,18 @@ def test_the_folder_of_a_job_points_to_its_artifact(rounded_artifact: QuantizedC
     (tmp_path / "artifact").symlink_to(rounded_artifact.folder)
     with pytest.raises(RefusedError, match=r"output folder of a job.*give .*artifact"):
         inspect_target(tmp_path)
+
+
+def test_a_job_with_an_onnx_folder_is_no_browser_model(rounded_artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
+    """Its onnx/model.onnx lies where transformers.js looks for a float model."""
+    shutil.copytree(rounded_artifact.folder, tmp_path / "artifact")
+    (tmp_path / "onnx").mkdir()
+    graph = tmp_path / "onnx" / "model.onnx"
+    graph.write_bytes(b"")
+    with pytest.raises(RefusedError, match=r"output folder of a job.*or the folder of a format"):
+        kind_of(tmp_path)
+    with pytest.raises(RefusedError, match=r"one file of an ONNX folder; give the folder, .*onnx"):
+        kind_of(graph)
 
 
 def test_the_table_of_schemes() -> None:

@@ -92,6 +92,19 @@ def test_other_faults_are_found(rounded_artifact: QuantizedCheckpoint, kind: str
     assert bool(found.different) == (kind != "missing")
 
 
+def test_logits_of_another_model_are_not_compared(rounded_artifact: QuantizedCheckpoint) -> None:
+    """They may not even have the same vocabulary."""
+    weight = rounded_artifact.weight(LINEAR)
+    altered = Altered(rounded_artifact, {LINEAR: weight[:-1]})
+    assert not weights_of(altered).comparable
+    assert weights_of(Altered(rounded_artifact, {LINEAR: weight + 1})).comparable
+    events: list[Event] = []
+    exported = ExportedModel("onnx", Path("x"), ())
+    found = verify(rounded_artifact, altered, exported, WINDOWS, events.append)  # type: ignore[arg-type]
+    assert (found.passed, found.logits, found.exact_logits) == (False, None, None)
+    assert any("logits were not compared" in event.text for event in events if isinstance(event, Notice))
+
+
 def test_kept_matrices_may_be_stored_in_another_dtype(llama_folder: Path, tmp_path: Path) -> None:
     """Only where the exporter says so, only matrices, and only by one rounding."""
     from tests.small_artifacts import write_rounded_artifact

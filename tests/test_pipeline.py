@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,20 +138,38 @@ def test_a_coarse_runtime_gets_a_more_exact_file(
 ) -> None:
     """And each step is told, and the report speaks of the last one."""
     written: list[Any] = []
-    real = pipeline.export
+    real = pipeline._written
 
-    def export(artifact: Any, exporter: Any, out: Path, **named: Any) -> Any:
+    def write(artifact: Any, exporter: Any, out: Path, on_event: Any) -> Any:
         written.append(exporter)
-        return real(artifact, exporter, out, **named)
+        return real(artifact, exporter, out, on_event)
 
-    monkeypatch.setattr(pipeline, "export", export)
+    monkeypatch.setattr(pipeline, "_written", write)
     monkeypatch.setattr(pipeline, "verify_files", verdicts(*passes))
     events: list[Event] = []
     report = signround.quantize(llama_folder, "w4g32", tmp_path / "out", ["onnx"], **RTN, on_event=events.append)
     assert [exporter.accuracy_level for exporter in written] == levels
     assert report["exports"]["onnx"]["passed"]
+    options = ["", "onnx.exact_down_proj=true", "onnx.accuracy_level=0"]
+    assert report["exports"]["onnx"]["options"] == options[len(levels) - 1]
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert sum("writing it again" in notice for notice in notices) == len(levels) - 1
+
+
+def test_verify_names_the_more_exact_forms(
+    rounded_artifact: QuantizedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`export` writes what it is told and falls back to nothing; whoever then verifies is told what to ask for."""
+    monkeypatch.setattr(pipeline, "verify_files", verdicts(False, True))
+    monkeypatch.setattr(pipeline, "kept_tokens", lambda path: SimpleNamespace(evaluation=None))
+    target = signround.export(rounded_artifact, "onnx", tmp_path / "onnx").target
+    events: list[Event] = []
+    signround.verify(target, rounded_artifact.folder, on_event=events.append)
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
+    assert "the file is exact, but runtime rounds activations too coarsely" in notice
+    assert notice.endswith("export it again with --set onnx.exact_down_proj=true or --set onnx.accuracy_level=0")
+    signround.verify(target, rounded_artifact.folder, on_event=events.append)
+    assert len(events) == 1
 
 
 @pytest.mark.parametrize(

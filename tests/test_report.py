@@ -125,6 +125,7 @@ class Tables(HTMLParser):
 
 def test_all_views_show_the_same(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
     report = report_of(artifact, tmp_path)
+    report["recipe"]["method"] = "signround"
     report["exports"]["<odd> & name"] = report["exports"]["gguf"]  # names are escaped
     (row, _) = table_rows(report)
     assert len(row) == len(COLUMNS)
@@ -140,6 +141,28 @@ def test_all_views_show_the_same(artifact: QuantizedCheckpoint, tmp_path: Path) 
     assert any(
         "float 10.000, rounded 20.000, tuned 12.000 (80% of the gap closed)" in line for line in summary_lines(report)
     )
+
+
+def test_what_is_not_the_default_form_is_told(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
+    report = report_of(artifact, tmp_path)
+    assert report["exports"]["gguf"]["options"] == ""
+    assert "was written with" not in markdown(report)
+    report["exports"]["gguf"]["options"] = "gguf.pre=<x>"
+    assert "gguf was written with gguf.pre=<x>" in markdown(report)
+    assert "gguf was written with gguf.pre=&lt;x&gt;" in web_page(report)
+    del report["exports"]["gguf"]["options"]  # a report of an earlier version
+    assert markdown(report)
+
+
+def test_rounding_is_not_called_tuning(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
+    report = report_of(artifact, tmp_path)
+    for method, tuned in (("signround", True), ("rtn", False)):
+        report["recipe"]["method"] = method
+        lines = "\n".join(summary_lines(report))
+        assert ("tuned with" in lines, "tuned 12.000" in lines) == (tuned, tuned)
+        assert ("nothing tuned" in lines) is not tuned
+        assert ("## Blocks" in markdown(report)) is tuned  # rounding measures no losses
+        assert ("Loss of each block" in web_page(report)) is tuned
 
 
 def test_without_exports_or_runtime(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:

@@ -93,9 +93,11 @@ def _external_data(model: ir.Model, folder: Path) -> Iterator[str]:
         elif isinstance(tensor, ir.ExternalTensor):
             location, start = str(tensor.location), tensor.offset or 0
             path = folder / location
-            size = path.stat().st_size if path.is_file() else 0
+            size = path.stat().st_size if path.is_file() else None
             if Path(location).name != location:
                 yield f"{name}: the data lies outside the folder ({location})"
+            elif size is None:
+                yield f"{name}: the file of its data, {location}, is missing"
             elif start < 0 or start + tensor.nbytes > size:
                 yield f"{name}: the data ends beyond {location}"
             elif tensor.length is not None and tensor.length != tensor.nbytes:

@@ -184,9 +184,9 @@ def export(
     )  # fmt: skip
     for flag, value, format in flags:
         if value is not None and to != format:
-            raise refuse(f"{flag} is an option of {format}, the format is {to}", "leave it out", flag)
+            raise refuse(f"this is an option of {format}, the format is {to}", "leave it out", flag)
     if any(name != to for name in options):
-        raise refuse(f"--set names another format than {to}", f"write --set {to}.OPTION=VALUE", "--set")
+        raise refuse(f"it names another format than {to}", f"write --set {to}.OPTION=VALUE", "--set")
     with ProgressDisplay() as progress:
         exported = pipeline.export(artifact, to, out, options=options.get(to), on_event=progress)
     if as_json:
@@ -296,7 +296,8 @@ def _options(
         name, dot, option = key.partition(".")
         if not (equals and dot and name and option):
             raise refuse(f"{setting!r} is not of the form FORMAT.OPTION=VALUE", "write it so", "--set")
-        options.setdefault(name, {})[option] = value
+        if options.setdefault(name, {}).setdefault(option, value) != value:
+            raise refuse(f"{key} is both {options[name][option]} and {value}", "give it once", "--set")
     return options
 
 

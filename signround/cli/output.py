@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from signround.errors import RefusedError, SignroundError
-from signround.report import COLUMNS, summary_lines, table_rows
+from signround.report import COLUMNS, form_lines, summary_lines, table_rows
 
 
 def print_json(data: Any) -> None:
@@ -39,6 +39,7 @@ def print_report(report: Mapping[str, Any], folder: str) -> None:
     if report["exports"]:
         print_lines([""])
         print_table(COLUMNS, table_rows(report))
+        print_lines(form_lines(report))
     print_lines(["", f"written to {folder}: report.json, report.md, report.html"])
 
 

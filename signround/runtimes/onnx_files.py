@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from signround.errors import refuse
+
+if TYPE_CHECKING:
+    import onnx
 
 GRAPH = "model.onnx"
 SUBFOLDER = "onnx"  # where transformers.js looks
@@ -54,6 +57,22 @@ def find_graph(folder: Path) -> Path:
             str(folder),
         )
     return found[0]
+
+
+def data_problem(model: onnx.ModelProto, folder: Path) -> str | None:
+    """Why the external data of a graph in `folder` is not all there: a file that is missing, or too short."""
+    ends: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if "location" in where:
+            end = int(where.get("offset", 0)) + int(where.get("length", 0))
+            ends[where["location"]] = max(end, ends.get(where["location"], 0))
+    for name, end in ends.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size < end:
+            return f"{name} is cut short, {end:,} bytes are needed"
+    return None
 
 
 def _default_dtype(folder: Path) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from signround.errors import FailedError, refuse
-from signround.runtimes.onnx_files import find_graph
+from signround.runtimes.onnx_files import data_problem, find_graph
 from signround.runtimes.protocol import Speed
 from signround.runtimes.speed import any_tokens, best_speed
 
@@ -34,7 +34,7 @@ LOGIT_BYTES = 128 * 2**20  # of one batch: windows are batched up to this
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}  # of a cache: onnxruntime's name -> numpy's
 LEVELLED = ("MatMulNBits", "QMoE")
 NO_PREPACKING = "session.disable_prepacking"
-QUIET = 3  # log severity: errors only; they reach the caller as exceptions anyway
+QUIET = 4  # log severity: none but fatal ones; errors reach the caller as exceptions
 FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 LEVEL_KEY = "signround.accuracy_level"  # model metadata of files with DequantizeLinear
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -59,6 +59,9 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
         model = onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
         raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
+    problem = data_problem(model, path.parent)
+    if problem is not None:
+        raise refuse(problem, "export the artifact again", str(folder))
     options = onnxruntime.SessionOptions()
     if accuracy_level is not None:
         set_accuracy_level(model, accuracy_level)
@@ -76,7 +79,9 @@ def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: i
         # The graph goes in as bytes, its tensors stay in the folder (memory-mapped): no second file, no copy.
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except _ort_errors() as error:
-        raise FailedError(f"{folder}: onnxruntime cannot load the model ({_first_line(error)}).") from error
+        raise FailedError(
+            f"{folder}: onnxruntime cannot load the model ({_first_line(error)}); `signround inspect` says more."
+        ) from error
     written = "/".join(map(str, sorted(levels))) or "none"
     return OnnxRuntime(session, f"onnxruntime {onnxruntime.__version__}, accuracy_level {written}", folder)
 

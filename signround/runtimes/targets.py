@@ -10,7 +10,7 @@ from signround.artifact import QuantizedCheckpoint, is_artifact
 from signround.checkpoint import SourceCheckpoint
 from signround.errors import refuse
 from signround.runtimes.gguf_files import model_files
-from signround.runtimes.onnx_files import graphs_in
+from signround.runtimes.onnx_files import GRAPH, SUBFOLDER, graphs_in
 from signround.runtimes.protocol import Runtime
 
 Kind = Literal["artifact", "gguf", "onnx", "gptq", "checkpoint"]
@@ -25,12 +25,19 @@ def kind_of(path: Path) -> Kind:
             return "artifact"
         if list(path.glob("*.gguf")):
             return "gguf"
+        if is_artifact(path / "artifact"):  # before ONNX: its onnx/ is not the one of transformers.js
+            raise refuse(
+                "this is the output folder of a job, not a model",
+                f"give {path / 'artifact'}, or the folder of a format beside it",
+                str(path),
+            )
         if (path / "genai_config.json").is_file() or _is_onnx(path):
             return "onnx"
         if (path / "config.json").is_file():
             return "gptq" if _is_gptq(path / "config.json") else "checkpoint"
-        if is_artifact(path / "artifact"):
-            raise refuse("this is the output folder of a job, not a model", f"give {path / 'artifact'}", str(path))
+    if path.suffix == ".onnx" and path.is_file():
+        folder = path.parent.parent if path.parent.name == SUBFOLDER and path.name != GRAPH else path.parent
+        raise refuse("this is one file of an ONNX folder", f"give the folder, {folder}", str(path))
     raise refuse(
         "no model is found here; accepted are a Hugging Face folder, an artifact folder, a .gguf file, an ONNX folder "
         "and a GPTQ folder",

@@ -183,7 +183,7 @@ BROKEN: list[tuple[Mutation, str]] = [
     (constant(3, lambda zeros: zeros[:-1].copy()), "input 3 must have shape"),
     (constant(3, lambda zeros: zeros.astype(np.float32)), "input 3 must be UINT8, got FLOAT"),
     (truncated, "ends beyond model.onnx.data"),
-    (missing_data, "ends beyond model.onnx.data"),
+    (missing_data, "model.onnx.data, is missing"),
     (placed(lambda old: old.offset, location="../model.onnx.data"), "outside the folder"),
     (placed(lambda old: -4), "ends beyond"),
     (placed(lambda old: old.offset + 1), "overlaps"),

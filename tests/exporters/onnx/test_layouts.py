@@ -189,7 +189,7 @@ def test_the_command_line(artifact: QuantizedCheckpoint, tmp_path: Path, capsys:
     assert run(*job, "--to", "onnx", "--layout", "transformers.js")[0] == 0
     assert find_graph(tmp_path / "out").name == "model_q4.onnx"
     code, said = run(*job, "--to", "gptq", "--layout", "genai")
-    assert (code, "--layout is an option of onnx" in said) == (2, True)
+    assert (code, "--layout: this is an option of onnx" in said) == (2, True)
     code, said = run(*job, "--to", "onnx", "--layout", "phone")
     assert (code, "layout 'phone' is not known" in said) == (2, True)
     target = export(artifact, "onnx", tmp_path / "set", options={"layout": "transformers.js"}).target

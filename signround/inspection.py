@@ -90,7 +90,8 @@ def inspection_lines(found: Mapping[str, Any]) -> list[str]:
     for entry in found.get("grids", ()):
         grid = entry["grid"]
         kind = f"{grid['bits']} bits, group {grid['group'] or 'whole rows'}, {grid['zero']}"
-        lines.append(f"{entry['linears']} linears, {entry['weights']:,} weights: {kind}")
+        noun = "matrix" if entry["linears"] == 1 else "matrices"
+        lines.append(f"{entry['linears']} {noun}, {entry['weights']:,} weights: {kind}")
         top = max(entry["histogram"])
         shown = entry["histogram"] if len(entry["histogram"]) <= 16 else []
         lines += [

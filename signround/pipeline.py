@@ -405,6 +405,9 @@ def _output_refusals(out: Path, plan: ModelPlan, exporters: Sequence[Exporter]) 
                 "the folder holds something that signround did not write", "choose an empty or new -o folder", str(out)
             )
         ]
+    files = [out / exporter.name for exporter in exporters if (out / exporter.name).is_file()]
+    if files:
+        return [Refusal("a file is where a folder is to be written", "move it away", str(path)) for path in files]
     if is_artifact(out / "artifact"):
         return []  # space was checked when it was begun; what is there already counts twice otherwise
     existing = next(parent for parent in (out, *out.absolute().parents) if parent.exists())

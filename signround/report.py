@@ -243,8 +243,8 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         run = export["logits"] or export["exact_logits"]
         weights = export["weights"]
         measured = (
-            (f"{run['perplexity']:.3f}", f"{run['tuned_perplexity']:.3f}", f"{run['mean_kl']:.1e}",
-             f"{run['top1_agreement']:.1%}")
+            (_figure(run["perplexity"], ".3f"), _figure(run["tuned_perplexity"], ".3f"),
+             _figure(run["mean_kl"], ".1e"), _figure(run["top1_agreement"], ".1%"))
             if run
             else ("not run",) * 4
         )  # fmt: skip
@@ -260,6 +260,11 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _figure(value: float | None, form: str) -> str:
+    """None: what was no number, or an infinite one, as report.json holds it."""
+    return "not finite" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def _speed_cell(speed: Mapping[str, float] | None) -> str:

@@ -256,6 +256,12 @@ def test_a_file_in_the_way(llama_folder: Path, out: Path, capsys: Capture) -> No
     out.write_text("precious")
     is_refused(quantize(capsys, llama_folder, out), "a file of this name exists", "choose another -o folder")
     assert out.read_text() == "precious"
+    out.unlink()
+    (out / "artifact").mkdir(parents=True)
+    (out / "onnx").write_text("precious")
+    outcome = quantize(capsys, llama_folder, out, "--to", "onnx")
+    is_refused(outcome, "a file is where a folder is to be written; move it away")
+    assert (out / "onnx").read_text() == "precious"
 
 
 @pytest.mark.parametrize("format", ["gguf", "gptq", "onnx"])

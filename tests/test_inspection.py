@@ -39,7 +39,7 @@ def test_an_artifact(rounded_artifact: QuantizedCheckpoint) -> None:
     assert found["bytes"] == sum(p.stat().st_size for p in rounded_artifact.folder.rglob("*") if p.is_file())
     json.dumps(found)
     text = "\n".join(inspection_lines(found))
-    assert "14 linears" in text
+    assert "14 matrices" in text
     assert text.count("#") > 16  # bars
 
 

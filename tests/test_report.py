@@ -154,6 +154,21 @@ def test_what_is_not_the_default_form_is_told(artifact: QuantizedCheckpoint, tmp
     assert markdown(report)
 
 
+def test_figures_that_are_not_finite(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
+    """A damaged file has them, JSON does not; the report is shown from memory, and from its file when run again."""
+    report = report_of(artifact, tmp_path)
+    report["exports"]["gguf"]["logits"] |= {"mean_kl": float("nan"), "perplexity": float("inf")}
+    write_report(report, tmp_path)
+
+    def strict(name: str) -> None:
+        raise AssertionError(name)
+
+    again = json.loads((tmp_path / "report.json").read_text(), parse_constant=strict)
+    assert again["exports"]["gguf"]["logits"]["mean_kl"] is None
+    assert table_rows(report) == table_rows(again)
+    assert table_rows(again)[0].count("not finite") == 2
+
+
 def test_rounding_is_not_called_tuning(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
     report = report_of(artifact, tmp_path)
     for method, tuned in (("signround", True), ("rtn", False)):

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from signround.errors import RefusedError, SignroundError
+from signround.files import finite
 from signround.report import COLUMNS, form_lines, summary_lines, table_rows
 
 
 def print_json(data: Any) -> None:
     """The only thing on stdout when --json is given."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    sys.stdout.write(json.dumps(finite(data), indent=2) + "\n")
 
 
 def print_lines(lines: Sequence[str]) -> None:

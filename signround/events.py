@@ -27,7 +27,7 @@ class StageAdvanced:
 
 @dataclass(frozen=True)
 class BlockTuned:
-    """One block is committed. Losses are mean squared errors of the block output on the held-out subset; `kept` names
+    """One block is committed. Losses are those of tuning (`BlockProblem.loss`) on the held-out subset; `kept` names
     what each layer ended as ("tuned" or the start it fell back to)."""
 
     index: int

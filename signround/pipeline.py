@@ -435,7 +435,7 @@ def _self_writing_refusals(checkpoint: SourceCheckpoint, calibration: str) -> li
         Refusal(
             f"the model needs {needed / 1e9:.0f} GB of memory to write its own text, this machine has "
             f"{physical_memory() / 1e9:.0f} GB",
-            "give a text file (tuning itself holds one block at a time)",
+            "give a text file (tuning itself holds two blocks at a time)",
             "--calibration self",
         )
     ]

@@ -34,8 +34,8 @@ class View:
 
 class GraphBuilder:
     """Collects inputs, outputs, nodes and constants; `model` puts them together. `views` become constants when the file
-    is written (`data_files.py`): only then it is known where the bytes lie. `float_type` is what the graph computes in: of
-    its activations, and of the constants that meet them."""
+    is written (`data_files.py`): only then it is known where the bytes lie. `float_type` is what the graph computes in:
+    of its activations, and of the constants that meet them."""
 
     def __init__(self, float_type: ir.DataType | None = None) -> None:
         import onnx_ir as ir

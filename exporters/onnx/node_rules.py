@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BITS = (2, 4, 8)
 LEVELS = range(5)
 REQUIRED = ("K", "N", "bits", "block_size", "accuracy_level")
-SCALES = MappingProxyType({"MatMulNBits": 2, "GatherBlockQuantized": 2, "DequantizeLinear": 1})
+SCALES = MappingProxyType({"MatMulNBits": (2,), "GatherBlockQuantized": (2,), "DequantizeLinear": (1,), "QMoE": (3, 6)})
 FLOATS = ("FLOAT", "FLOAT16")
 PACKED_FIELDS = {"UINT8": 1, "INT8": 1, "UINT4": 2, "INT4": 2, "UINT2": 4, "INT2": 4}
 OLDEST_OPSET = {"UINT4": 21, "INT4": 21, "UINT2": 25, "INT2": 25}
@@ -181,12 +181,12 @@ def not_finite(model: ir.Model) -> Iterator[str]:
 
     seen: set[str | None] = set()
     for node in model.graph:
-        index = SCALES.get(node.op_type)
-        tensor = None if index is None else constant_of(node, index)
-        if index is None or tensor is None or tensor.name in seen:
-            continue
-        seen.add(tensor.name)
-        if not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all():
-            yield f"{node.name}: input {index} (scales) holds NaN or Inf"
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()  # onnx_ir maps the whole file for each tensor
+        for index in SCALES.get(node.op_type, ()):
+            tensor = constant_of(node, index)
+            if tensor is None or tensor.name in seen:
+                continue
+            seen.add(tensor.name)
+            if not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all():
+                yield f"{node.name}: input {index} (scales) holds NaN or Inf"
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()  # onnx_ir maps the whole file for each tensor

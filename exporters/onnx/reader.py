@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 SCHEME_KEY = "signround.scheme"  # model metadata: what tells our graphs from others
 ADDED_KEY = "signround.added_to_norms"  # model metadata: what the file adds to the weight of every norm
 DTYPE_KEY = "signround.dtype"  # model metadata: what the graph computes in; absent in files of earlier versions
-LEVEL_KEY = "signround.accuracy_level"  # model metadata: the level that was asked for
 KEPT_SUFFIXES = (".weight", ".bias")  # kept tensors keep their checkpoint name
 PRODUCT, GATHER = "MatMulNBits", "GatherBlockQuantized"
 PLACES = {PRODUCT: (1, 2, 3), GATHER: (0, 2, 3)}  # which inputs are codes, scales, zero points

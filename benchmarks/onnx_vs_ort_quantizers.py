@@ -72,7 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--iters", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--method", action="append", choices=METHODS, help="of theirs; default: all")
-    parser.add_argument("--gptq-windows", type=int, default=64)
+    parser.add_argument("--gptq-windows", type=int, default=16, help="about 10 s each at 26 M weights and a thread")
     parser.add_argument("--gptq-tokens", type=int, default=512)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, help="the first N of the text")

@@ -52,3 +52,8 @@ def stepper(folder: Path) -> Stepper:
     options.intra_op_num_threads = 1
     path = str(folder / "model.onnx")
     return Stepper(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+
+
+def tokens_of(count: int, tokens: int) -> Tensor:
+    """int64 [count, tokens] for vocabularies of 512, the same at each call."""
+    return torch.randint(512, (count, tokens), generator=torch.Generator().manual_seed(tokens))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from exporters.gptq.exporter import GptqExporter
 from exporters.onnx.exporter import OnnxExporter
+from runtime_tests.test_onnx import relative_error
 from signround.errors import RefusedError
 from signround.events import silent
 from signround.inspection import inspect_target, inspection_lines
@@ -117,15 +118,11 @@ def in_genai(folder: Path) -> Tensor:
     return torch.from_numpy(np.array(generator.get_output("logits"), dtype=np.float32))
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
-
-
 def assert_alike(built: Built) -> None:
     assert built.error == ""
     ours, theirs = in_onnxruntime(built.ours), in_onnxruntime(built.theirs)
     assert ours.shape == theirs.shape
-    assert distance(theirs, ours) <= 1e-5
+    assert relative_error(theirs, ours) <= 1e-5
     assert torch.equal(theirs.argmax(-1), ours.argmax(-1))
 
 
@@ -166,16 +163,16 @@ def test_windows_that_the_builder_knows_need_an_allocated_cache(build: Callable[
     ours = in_onnxruntime(built.ours)
     with pytest.raises(Exception, match="KV cache capacity"):
         in_onnxruntime(built.theirs)
-    assert distance(in_genai(built.theirs), ours) <= 1e-5
-    assert distance(in_genai(built.ours), ours) <= 1e-5
+    assert relative_error(in_genai(built.theirs), ours) <= 1e-5
+    assert relative_error(in_genai(built.ours), ours) <= 1e-5
 
 
 def test_gemma_2_is_read_a_little_off(build: Callable[[Case], Built]) -> None:
     built = build(Case("gemma2"))
     assert built.error == ""
     ours = in_onnxruntime(built.ours)
-    assert 1e-5 < distance(in_genai(built.theirs), ours) < 1e-3
-    assert distance(in_genai(built.ours), ours) <= 1e-5
+    assert 1e-5 < relative_error(in_genai(built.theirs), ours) < 1e-3
+    assert relative_error(in_genai(built.ours), ours) <= 1e-5
 
 
 RAISES = [
@@ -213,7 +210,7 @@ def test_where_the_builder_writes_another_model(
 ) -> None:
     built = build(case)
     assert built.error == ""
-    assert distance(in_onnxruntime(built.theirs), in_onnxruntime(built.ours)) > least, why
+    assert relative_error(in_onnxruntime(built.theirs), in_onnxruntime(built.ours)) > least, why
 
 
 def test_inspect_looks_into_the_builders_folder(build: Callable[[Case], Built]) -> None:

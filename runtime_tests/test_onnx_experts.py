@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from exporters.onnx.exporter import OnnxExporter
-from runtime_tests.onnx_steps import stepper
+from runtime_tests.onnx_steps import stepper, tokens_of
 from runtime_tests.test_onnx import all_logits, relative_error
 from signround import quantize
 from signround.artifact import QuantizedCheckpoint
@@ -47,10 +46,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return made[family, scheme]
 
     return make
-
-
-def tokens_of(count: int, tokens: int) -> Tensor:
-    return torch.randint(512, (count, tokens), generator=torch.Generator().manual_seed(tokens))
 
 
 @pytest.mark.parametrize(("family", "scheme"), COVERING)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from exporters.onnx.exporter import OnnxExporter
 from runtime_tests import test_onnx
-from runtime_tests.onnx_steps import stepper
+from runtime_tests.onnx_steps import stepper, tokens_of
 from runtime_tests.test_onnx import all_logits, reference_model, relative_error
 from signround import quantize
 from signround.artifact import QuantizedCheckpoint
@@ -110,10 +110,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return made[variant]
 
     return make
-
-
-def tokens_of(count: int, tokens: int) -> Tensor:
-    return torch.randint(512, (count, tokens), generator=torch.Generator().manual_seed(tokens))
 
 
 def lengths_of(artifact: QuantizedCheckpoint) -> tuple[int, ...]:

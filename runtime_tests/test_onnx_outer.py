@@ -213,7 +213,10 @@ def one_job(model: Path, out: Path, overrides: list[str], seqlen: int = 64) -> N
 
 @pytest.mark.parametrize(
     ("tied", "overrides"),
-    [(True, ["lm_head=w8g32", "attn_v=w8g32"]), (False, ["^output=w8g32", "embed_tokens=w4g32", r"layers\.0\.=float"])],
+    [
+        (True, ["lm_head=w8g32", "attn_v=w8g32"]),
+        pytest.param(False, ["^output=w8g32", "embed_tokens=w4g32", r"layers\.0\.=float"], marks=pytest.mark.slow),
+    ],
 )
 def test_one_job_writes_the_same_integers_for_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, overrides: list[str]

@@ -21,6 +21,7 @@ from torch import Tensor
 import signround
 from exporters.onnx import layouts
 from exporters.onnx.exporter import OnnxExporter
+from runtime_tests.test_onnx import relative_error
 from signround.artifact import QuantizedCheckpoint
 from signround.evaluate import evaluate_target
 from signround.events import silent
@@ -58,10 +59,6 @@ def in_browser_engine(folder: Path, tokens: Tensor, out: Path) -> Tensor:
     """float32 [1, tokens, vocabulary]."""
     node("run_wasm.mjs", folder, json.dumps(tokens[0].tolist()), out)
     return torch.from_numpy(np.fromfile(out, np.float32)).reshape(1, tokens.shape[1], -1)
-
-
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +119,7 @@ def test_the_engine_of_a_browser_runs_the_graph(
 ) -> None:
     _, folder = small(tmp_path, family, scheme, **options)
     wanted = torch.cat(list(open_onnxruntime(folder).logits(TOKENS)))
-    assert distance(in_browser_engine(folder, TOKENS, tmp_path / "logits"), wanted) <= gate
+    assert relative_error(in_browser_engine(folder, TOKENS, tmp_path / "logits"), wanted) <= gate
 
 
 @needs_node
@@ -131,7 +128,7 @@ def test_the_engine_of_a_browser_runs_the_graph(
 def test_every_family_in_transformers_js_and_in_its_browser_engine(family: str, tmp_path: Path) -> None:
     artifact, folder = small(tmp_path, family, "w4g32")
     wanted = torch.cat(list(open_onnxruntime(folder).logits(TOKENS)))
-    assert distance(in_browser_engine(folder, TOKENS, tmp_path / "logits"), wanted) <= 1e-5
+    assert relative_error(in_browser_engine(folder, TOKENS, tmp_path / "logits"), wanted) <= 1e-5
     request = {"prompts": TOKENS.tolist(), "count": 8, "messages": None, "texts": []}
     answer = json.loads(node("generate.mjs", folder, json.dumps(request)).splitlines()[-1])
     model = signround.load(artifact.folder)
@@ -153,7 +150,7 @@ def test_the_engine_of_a_browser_reads_quantised_tables(family: str, kind: str, 
     folder = exporter.export(artifact, tmp_path / "out", silent).target
     tokens = torch.randint(512, (1, 24), generator=torch.Generator().manual_seed(1))
     wanted = torch.cat(list(open_onnxruntime(folder).logits(tokens)))
-    assert distance(in_browser_engine(folder, tokens, tmp_path / "logits"), wanted) <= 1e-5
+    assert relative_error(in_browser_engine(folder, tokens, tmp_path / "logits"), wanted) <= 1e-5
 
 
 def test_every_reader_opens_the_browsers_folder(

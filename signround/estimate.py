@@ -83,7 +83,16 @@ def memory_bytes(job: Job) -> dict[str, int]:
 
 
 def _block_weights(plan: ModelPlan) -> int:
+    """Of the quantised linears of a block."""
     return max(sum(layer.rows * layer.columns for layer in block.layers) for block in plan.blocks)
+
+
+def _block_elements(plan: ModelPlan) -> int:
+    """Of all tensors of a block, quantised or not."""
+    return max(
+        sum(layer.rows * layer.columns for layer in block.layers) + sum(math.prod(kept.shape) for kept in block.kept)
+        for block in plan.blocks
+    )
 
 
 def _activation_bytes(plan: ModelPlan, windows: int) -> int:
@@ -105,8 +114,9 @@ def _tuning_bytes(plan: ModelPlan) -> int:
     tuned = 12 * 4 * _block_weights(plan) + hidden + _activation_bytes(plan, plan.tuning.batch_size)
     if not plan.tuning.lookahead:
         return tuned
-    following = 4 * _block_weights(plan) + _activation_bytes(plan, plan.tuning.batch_size)
-    head = 4 * plan.architecture.vocabulary * plan.architecture.hidden + 4 * AHEAD_LOGIT_BYTES
+    kept = 4 + (2 if plan.tuning.compute == "bf16" else 0)  # autocast's copy waits for the backward pass
+    following = kept * _block_elements(plan) + _activation_bytes(plan, plan.tuning.batch_size)
+    head = kept * plan.architecture.vocabulary * plan.architecture.hidden + 4 * AHEAD_LOGIT_BYTES
     return tuned + max(following, head)
 
 
@@ -115,7 +125,7 @@ def _evaluation_bytes(plan: ModelPlan, layer: int) -> int:
     window = plan.tuning.seqlen * plan.architecture.vocabulary * 4
     logits = min(EVALUATION_WINDOWS * window, max(LOGIT_BYTES, window)) + 3 * window
     head = plan.architecture.vocabulary * plan.architecture.hidden * 4
-    return 4 * _block_weights(plan) + 16 * layer + head + logits + _activation_bytes(plan, 8) // 2
+    return 4 * _block_elements(plan) + 16 * layer + head + logits + _activation_bytes(plan, 8) // 2
 
 
 def _writing_bytes(job: Job) -> int:

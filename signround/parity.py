@@ -108,7 +108,7 @@ SUPER_BLOCKS = Gate(mean_kl=8e-3, top1_agreement=0.93)
 ROUTED_SUPER_BLOCKS = Gate(median_kl=8e-3, mean_kl=2e-2, top1_agreement=0.9)
 HALF_BIASES = Gate(relative_error=2e-4)
 HALF_GRAPH = Gate(relative_error=1e-2, mean_kl=1e-4)
-# bits -> the gate where onnxruntime is fast with int8 activations only, and the aim was missed.
+# bits of a product -> the gate: onnxruntime is fast with int8 activations only, so the usual gate is an aim there.
 INT8_PRODUCTS = {2: Gate(mean_kl=2e-2), 8: Gate(mean_kl=2e-3)}
 
 
@@ -168,13 +168,7 @@ def verify(
     with ExitStack() as at_end:
         workers = _Workers(at_end)
         for label, opened, usual in _RUNS.get(exported.format, ()):
-            gate = HALF_BIASES if label == "exact" and _loses_biases(artifact, exported) else usual
-            gate = HALF_GRAPH if label == "exact" and _is_half_graph(exported) else gate
-            gate = _llama_cpp_gate(artifact.plan, gate) if exported.format == "gguf" else gate
-            gate = _onnx_gate(artifact.plan, gate, label) if exported.format == "onnx" else gate
-            coarse = _coarse_products(artifact, exported) if label == "shipped" else []
-            aim = usual if coarse else None
-            gate = INT8_PRODUCTS[min(coarse)] if coarse else gate
+            gate, aim = gates_of(artifact.plan, exported, label, usual)
             try:
                 with opened(exported.target, workers) as runtime:
                     runs[label] = replace(compare_logits(artifact, runtime, gate, windows), aim=aim)
@@ -188,24 +182,28 @@ def verify(
     return Parity(weights, runs.get("shipped"), runs.get("exact"))
 
 
-def _loses_biases(artifact: QuantizedCheckpoint, exported: ExportedModel) -> bool:
+def gates_of(plan: ModelPlan, exported: ExportedModel, label: str, usual: Gate) -> tuple[Gate, Gate | None]:
+    """The gate of one run ("exact" or "shipped") of a file, `usual` unless its format or content allows another, and
+    the narrower one that is aimed at, if there is one."""
+    exact, mixture = label == "exact", plan.architecture.mixture is not None
+    match exported.format:
+        case "gptq":
+            return (HALF_BIASES if exact and _has_float_biases(plan) else usual), None
+        case "gguf":
+            return _llama_cpp_gate(plan, usual), None
+        case "onnx" if mixture:
+            return (ROUTED_EXACT if exact else ROUTED), None
+        case "onnx" if exact:  # a graph that computes in fp16 has nothing that is not fp16, vectors included
+            return (HALF_GRAPH if exported.kept_dtype == torch.float16 else usual), None
+        case "onnx":
+            coarse = {layer.grid.bits for layer in plan.products()} & INT8_PRODUCTS.keys()
+            return (INT8_PRODUCTS[min(coarse)], usual) if coarse else (usual, None)
+    return usual, None
+
+
+def _has_float_biases(plan: ModelPlan) -> bool:
     """GPTQ loaders keep biases in fp16 even where the file holds float32: measured 8e-5 of the logits' norm."""
-    float_biases = any(kept.name.endswith(".bias") and kept.dtype == "float32" for kept in artifact.plan.kept())
-    return exported.format == "gptq" and float_biases
-
-
-def _is_half_graph(exported: ExportedModel) -> bool:
-    """An ONNX graph that computes in fp16 has nothing that is not fp16, vectors included."""
-    return exported.format == "onnx" and exported.kept_dtype == torch.float16
-
-
-def _coarse_products(artifact: QuantizedCheckpoint, exported: ExportedModel) -> list[int]:
-    """The bits of those products that onnxruntime computes fast with int8 activations only. Mixtures have a gate for
-    that."""
-    if artifact.plan.architecture.mixture:
-        return []
-    bits = {layer.grid.bits for layer in artifact.plan.products()}
-    return sorted(bits & INT8_PRODUCTS.keys()) if exported.format == "onnx" else []
+    return any(kept.name.endswith(".bias") and kept.dtype == "float32" for kept in plan.kept())
 
 
 def compare_weights(
@@ -267,12 +265,6 @@ def _llama_cpp_gate(plan: ModelPlan, usual: Gate) -> Gate:
     if plan.architecture.mixture:
         return ROUTED_SUPER_BLOCKS if coarse else ROUTED
     return SUPER_BLOCKS if coarse else usual
-
-
-def _onnx_gate(plan: ModelPlan, usual: Gate, label: str) -> Gate:
-    if not plan.architecture.mixture:
-        return usual
-    return ROUTED_EXACT if label == "exact" else ROUTED
 
 
 def compare_logits(artifact: QuantizedCheckpoint, runtime: Runtime, gate: Gate, windows: Tensor) -> LogitParity:

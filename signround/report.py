@@ -20,7 +20,7 @@ from signround.artifact import QuantizedCheckpoint
 from signround.experts import unit_of
 from signround.exporting import ExportedModel
 from signround.files import sha256_of, write_json, written_whole
-from signround.parity import LogitParity, Parity
+from signround.parity import Gate, LogitParity, Parity
 from signround.runtimes.protocol import Speed
 
 SCHEMA_VERSION = 1
@@ -173,8 +173,7 @@ def parity_lines(parity: Parity) -> list[str]:
         if run is not None:
             lines.append(
                 f"{label}: {run.runtime}, {run.tokens:,} positions: mean KL {run.score.mean_kl:.2e}, top-1 "
-                f"{run.score.top1_agreement:.2%}, relative error {run.score.relative_error:.2e}: "
-                + ("passed" if run.passed else f"FAILED, the gate is {_gate_text(run)}")
+                f"{run.score.top1_agreement:.2%}, relative error {run.score.relative_error:.2e}: " + _verdict_text(run)
             )
     speed = parity.logits.speed if parity.logits else None
     if speed is not None:
@@ -185,8 +184,23 @@ def parity_lines(parity: Parity) -> list[str]:
     return [*lines, "passed" if parity.passed else "FAILED"]
 
 
-def _gate_text(run: LogitParity) -> str:
-    return ", ".join(f"{name} {bound:g}" for name, bound in vars(run.gate).items() if bound is not None)
+def _verdict_text(run: LogitParity) -> str:
+    if not run.passed:
+        return f"FAILED, the gate is {_gate_text(_bounds(run.gate))}"
+    return "passed" if run.reached_aim or run.aim is None else _missed_aim(_bounds(run.aim))
+
+
+def _missed_aim(bounds: Mapping[str, float]) -> str:
+    """Why a file passed that is farther from the tuned model than others may be: `parity.INT8_PRODUCTS`."""
+    return f"passed, {_gate_text(bounds)} was aimed at"
+
+
+def _gate_text(bounds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
+
+
+def _bounds(gate: Gate) -> dict[str, float]:
+    return {name: bound for name, bound in vars(gate).items() if bound is not None}
 
 
 def _logits_json(run: LogitParity | None) -> dict[str, Any] | None:
@@ -202,8 +216,10 @@ def _logits_json(run: LogitParity | None) -> dict[str, Any] | None:
         "relative_error": run.score.relative_error,
         "perplexity": run.score.perplexity,
         "tuned_perplexity": run.tuned_perplexity,
-        "gate": {name: value for name, value in vars(run.gate).items() if value is not None},
+        "gate": _bounds(run.gate),
         "passed": run.passed,
+        "aim": None if run.aim is None else _bounds(run.aim),
+        "reached_aim": run.reached_aim,
     }
 
 
@@ -256,7 +272,7 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 *measured,
                 f"{weights['exact']}/{weights['tensors']}",
                 _speed_cell(export.get("speed")),  # reports from before this field are shown too
-                "passed" if export["passed"] else "FAILED",
+                _verdict_cell(export),
             )
         )
     return rows
@@ -265,6 +281,15 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _figure(value: float | None, form: str) -> str:
     """None: what was no number, or an infinite one, as report.json holds it."""
     return "not finite" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _verdict_cell(export: Mapping[str, Any]) -> str:
+    if not export["passed"]:
+        return "FAILED"
+    run = export["logits"]
+    if run is None or run.get("reached_aim", True):  # reports from before this field are shown too
+        return "passed"
+    return _missed_aim(run["aim"])
 
 
 def _speed_cell(speed: Mapping[str, float] | None) -> str:
@@ -308,10 +333,8 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-BLOCKS = (
-    "\n## Blocks\n\nLosses are mean squared errors of the block's output on the held-out samples.\n\n"
-    "| block | rounded | tuned | kept | seconds |\n| --- | --- | --- | --- | --- |\n"
-)
+BLOCKS = "\n## Blocks\n\nLosses on the held-out samples: {}.\n\n| block | rounded | tuned | kept | seconds |\n"
+RULE = "| --- | --- | --- | --- | --- |\n"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -333,9 +356,18 @@ def markdown(report: Mapping[str, Any]) -> str:
         + "\n".join(f"- {line}" for line in summary_lines(report))
         + f"\n\n## Files against the tuned model\n\n{table}\n"
         + "".join(f"\n{line}\n" for line in form_lines(report))
-        + ("" if _only_rounded(report) else BLOCKS + blocks + "\n")
+        + ("" if _only_rounded(report) else BLOCKS.format(_loss_text(report["recipe"])) + RULE + blocks + "\n")
         + _experts_section(report["tuning"]["blocks"])
         + f"\n## Written\n\n| file | bytes | sha256 |\n| --- | --- | --- |\n{files}\n"
+    )
+
+
+def _loss_text(recipe: Mapping[str, Any]) -> str:
+    if not recipe.get("lookahead"):
+        return "mean squared errors of the block's output"
+    return (
+        "relative squared errors of the block's output, plus those behind the next block (behind the last one: the "
+        "mean KL divergence of the next-token distributions)"
     )
 
 

@@ -55,6 +55,17 @@ def test_memory_grows_with_the_settings_not_with_the_blocks(llama_folder: Path, 
     assert memory_bytes(job(llama_folder, tmp_path / "out"))["tune"] < one["tune"]  # rtn has no hidden states
 
 
+def test_linears_that_are_kept_are_in_memory_too(llama_folder: Path, tmp_path: Path) -> None:
+    """Whatever is not tuned of a block is still run, and so is all of the block that follows."""
+
+    def peaks(*overrides: str) -> dict[str, int]:
+        return memory_bytes(job(llama_folder, tmp_path / "out", method="signround", tensor_types=overrides))
+
+    every, some = peaks(), peaks("down_proj=float")  # gate and up are as large: the largest layer is the same
+    assert some["evaluate"] == every["evaluate"]
+    assert every["tune"] - some["tune"] == 12 * 4 * 128 * 256  # tuned no more, and still held beside the tuned block
+
+
 def test_lines_for_a_person(llama_folder: Path, tmp_path: Path) -> None:
     description = describe(job(llama_folder, tmp_path / "out", ("gptq",)))
     text = "\n".join(describe_lines(description))

@@ -17,11 +17,27 @@ from signround.errors import refuse
 from signround.evaluate import Score
 from signround.events import Event, Notice
 from signround.exporting import ExportedModel
-from signround.parity import ROUTED, Gate, LogitParity, Parity, WeightParity, compare_logits, compare_weights, verify
+from signround.file_types import Overrides
+from signround.parity import (
+    HALF_GRAPH,
+    INT8_PRODUCTS,
+    ROUTED,
+    ROUTED_EXACT,
+    Gate,
+    LogitParity,
+    Parity,
+    WeightParity,
+    compare_logits,
+    compare_weights,
+    gates_of,
+    verify,
+)
 from signround.pipeline import export, make_exporters
 from signround.qtensor import QuantizedTensor
 from signround.runtimes.protocol import Runtime
 from signround.runtimes.torch_blocks import tuned_model
+from tests.small_artifacts import write_rounded_artifact
+from tests.small_models import write_small_model
 
 LINEAR = "model.layers.1.mlp.up_proj.weight"
 WINDOWS = torch.randint(3, 512, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -212,6 +228,36 @@ def test_a_mixture_of_experts_may_differ_in_few_positions_only() -> None:
     assert not ROUTED.passes(replace(figures, median_kl=2e-3))
     assert not ROUTED.passes(replace(figures, mean_kl=2e-2))
     assert not ROUTED.passes(replace(figures, median_kl=None))
+
+
+USUAL = Gate(mean_kl=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "overrides", "gate", "aim"),
+    [
+        ("llama", "w4g32", [], USUAL, None),
+        ("llama", "w3g32", [], USUAL, None),
+        ("llama", "w8g32", [], INT8_PRODUCTS[8], USUAL),
+        ("llama", "w2g32", [], INT8_PRODUCTS[2], USUAL),
+        ("llama", "w8g32", [("o_proj", "w2g32")], INT8_PRODUCTS[2], USUAL),
+        ("llama-untied", "w4g32", [("lm_head", "w8g32")], INT8_PRODUCTS[8], USUAL),
+        ("llama-untied", "w4g32", [("embed", "w8g32")], USUAL, None),  # looked up, and multiplied with nothing
+        ("qwen2-moe", "w8g32", [], ROUTED, None),
+    ],
+)
+def test_the_gate_of_an_onnx_file_is_that_of_its_coarsest_product(
+    tmp_path: Path, family: str, scheme: str, overrides: Overrides, gate: Gate, aim: Gate | None
+) -> None:
+    model = write_small_model(tmp_path / "model", family)
+    plan = write_rounded_artifact(model, tmp_path / "artifact", scheme, overrides=overrides).plan
+    exported = ExportedModel("onnx", tmp_path, ())
+    assert gates_of(plan, exported, "shipped", USUAL) == (gate, aim)
+    exact = ROUTED_EXACT if plan.architecture.mixture else USUAL
+    assert gates_of(plan, exported, "exact", USUAL) == (exact, None)  # bits excuse nothing there
+    half = replace(exported, kept_dtype=torch.float16)
+    assert gates_of(plan, half, "shipped", USUAL) == (gate, aim)
+    assert gates_of(plan, half, "exact", USUAL) == (ROUTED_EXACT if exact is ROUTED_EXACT else HALF_GRAPH, None)
 
 
 def test_few_positions_leave_room_for_chance() -> None:

@@ -20,6 +20,8 @@ def test_every_recipe_is_sane(method: str, recipe: str, context: int) -> None:
     assert 0 <= settings.held_out < settings.samples
     assert 1 <= settings.batch_size <= settings.samples - settings.held_out
     assert TuningSettings(**settings.to_json()) == settings
+    earlier = {name: value for name, value in settings.to_json().items() if name != "lookahead"}
+    assert TuningSettings(**earlier).lookahead == 0  # artifacts of before there was one
     if method == "rtn":
         assert (settings.iters, settings.held_out) == (0, 0)
     else:

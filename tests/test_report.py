@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,14 @@ def artifact(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Qu
     return found
 
 
-def report_of(artifact: QuantizedCheckpoint, out: Path, *, good: bool = True) -> dict[str, Any]:
+def report_of(
+    artifact: QuantizedCheckpoint, out: Path, *, good: bool = True, parity: Parity | None = None
+) -> dict[str, Any]:
     target = out / "gguf" / "model.gguf"
     target.parent.mkdir(parents=True)
     target.write_bytes(bytes(1000))
     exported = ExportedModel("gguf", target, (target,))
-    results = [ExportResult(exported, verdict(good=good), 1.5, 12345)]
+    results = [ExportResult(exported, parity or verdict(good=good), 1.5, 12345)]
     return build_report(artifact, "job", "/models/small", Perplexities("t", 99, 10.0, 20.0, 12.0), results, out)
 
 
@@ -92,6 +95,33 @@ def test_a_failed_gate_is_failed_everywhere(artifact: QuantizedCheckpoint, tmp_p
     assert lines[-1] == "FAILED"
     assert any("a.b.weight differs" in line for line in lines)
     assert parity_lines(verdict())[-1] == "passed"
+
+
+def test_a_missed_aim_is_told_everywhere(artifact: QuantizedCheckpoint, tmp_path: Path) -> None:
+    """Passed by a wider gate than others: whoever reads the report sees it, and what was aimed at."""
+    passing = verdict()
+    assert passing.logits is not None
+    wide = replace(passing.logits, aim=Gate(mean_kl=1e-4), gate=Gate(mean_kl=2e-3))
+    report = report_of(artifact, tmp_path, parity=replace(passing, logits=wide))
+    logits = report["exports"]["gguf"]["logits"]
+    assert (logits["gate"], logits["aim"], logits["reached_aim"]) == ({"mean_kl": 2e-3}, {"mean_kl": 1e-4}, False)
+    assert passed(report)
+    told = "passed, mean_kl 0.0001 was aimed at"
+    assert table_rows(report)[0][-1] == told
+    assert told in markdown(report)
+    assert told in web_page(report)
+    assert any(line.endswith(told) for line in parity_lines(replace(passing, logits=wide)))
+    reached = replace(passing, logits=replace(wide, aim=Gate(mean_kl=1e-3)))
+    assert not any("aimed" in line for line in parity_lines(reached))
+
+
+@pytest.mark.parametrize(("lookahead", "words"), [(0, "mean squared errors"), (1, "behind the next block")])
+def test_the_report_says_which_losses_it_shows(
+    artifact: QuantizedCheckpoint, tmp_path: Path, lookahead: int, words: str
+) -> None:
+    report = report_of(artifact, tmp_path)
+    report["recipe"]["lookahead"] = lookahead
+    assert words in markdown(report)
 
 
 def test_a_gap_that_is_none_is_not_closed() -> None:

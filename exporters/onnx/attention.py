@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from exporters.onnx.flavour import DecoderInputs
+from exporters.onnx.operands import apart
 from exporters.onnx.parts import DecoderParts
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def _projections(parts: DecoderParts, prefix: str, normed: ir.Value) -> list[ir.
         packed = parts.linears.add(f"{prefix}{PACKED}", normed, layers, architecture.has_bias(names[0]))
         if not architecture.family.qk_norm:
             return [packed, None, None]
-        query, key, value = _apart(parts, prefix, packed)
+        # cheaper than three nodes, which round their input three times
+        query, key, value = apart(parts.builder, architecture, f"{prefix}self_attn", [packed, None, None])
     else:
         query, key, value = (parts.linear(prefix, name, normed) for name in names)
     for_heads = {"q": (query, architecture.heads), "k": (key, architecture.kv_heads)}
@@ -52,15 +54,6 @@ def _projections(parts: DecoderParts, prefix: str, normed: ir.Value) -> list[ir.
     return [*normed_heads, value]
 
 
-def _apart(parts: DecoderParts, prefix: str, packed: ir.Value) -> list[ir.Value]:
-    """q, k and v of one node, for norms that follow; cheaper than three nodes, which round their input three times."""
-    architecture = parts.architecture
-    rows = [heads * architecture.head_dim for heads in (architecture.heads, *[architecture.kv_heads] * 2)]
-    widths = parts.builder.constant("constant.qkv", np.array(rows, np.int64))
-    name = f"{prefix}self_attn.apart"
-    return parts.builder.op("Split", name, [packed, widths], outputs=3, attributes={"axis": -1})
-
-
 def _normed(parts: DecoderParts, prefix: str, part: str, value: ir.Value, heads: int, width: str | None) -> ir.Value:
     """q or k after its norm, if it has one: over each head, or over all heads together."""
     if width is None:
@@ -69,7 +62,7 @@ def _normed(parts: DecoderParts, prefix: str, part: str, value: ir.Value, heads:
     weight = parts.norm_weight(f"{name}.weight")
     if width != "head_dim":
         return parts.flavour.norm(name, value, weight)
-    apart = builder.constant(f"constant.{part}_heads", np.array([0, 0, heads, size], np.int64))
+    by_head = builder.constant(f"constant.{part}_heads", np.array([0, 0, heads, size], np.int64))
     joined = builder.constant(f"constant.{part}_joined", np.array([0, 0, heads * size], np.int64))
-    split = builder.op("Reshape", f"{name}.split", [value, apart])[0]
+    split = builder.op("Reshape", f"{name}.split", [value, by_head])[0]
     return builder.op("Reshape", f"{name}.join", [parts.flavour.norm(name, split, weight), joined])[0]

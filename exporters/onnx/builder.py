@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from exporters.onnx.streamed import streamed_tensor
+
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -32,8 +34,8 @@ class View:
 
 class GraphBuilder:
     """Collects inputs, outputs, nodes and constants; `model` puts them together. `views` become constants when the file
-    is written (`saving.py`): only then it is known where the bytes lie. `float_type` is what the graph computes in: of
-    its activations, and of the constants that meet them."""
+    is written (`data_files.py`): only then it is known where the bytes lie. `float_type` is what the graph computes in:
+    of its activations, and of the constants that meet them."""
 
     def __init__(self, float_type: ir.DataType | None = None) -> None:
         import onnx_ir as ir
@@ -94,12 +96,10 @@ class GraphBuilder:
         self, name: str, dtype: ir.DataType, shape: Sequence[int], pieces: Callable[[], Iterator[NDArray[Any]]]
     ) -> ir.Value:
         """A lazy constant of which one piece is in memory at a time: arrays that follow each other along axis 0."""
-        from exporters.onnx.streamed import StreamedTensor
-
         if name in self.constants:
             raise ValueError(f"constant {name} exists already")
         self.constants[name] = _value(name, dtype, shape)
-        self.constants[name].const_value = StreamedTensor(name, dtype, shape, pieces)
+        self.constants[name].const_value = streamed_tensor(name, dtype, shape, pieces)
         return self.constants[name]
 
     def view(self, name: str, of: ir.Value, shape: Sequence[int]) -> ir.Value:

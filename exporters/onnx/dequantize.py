@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from exporters.onnx.builder import GraphBuilder
 from exporters.onnx.linear import FusedLinear, LinearWriter
 from exporters.onnx.packing import CONTAINER, Layout, Packed, pack_bits, unpack_bits
+from exporters.onnx.single_node import output_of
 from signround.errors import Refusal
 from signround.plan import LayerPlan, ModelPlan
 
@@ -152,7 +152,6 @@ def is_weight(node: ir.Node | onnx.NodeProto) -> bool:
 def decoded_weight(node: onnx.NodeProto, constants: Sequence[NDArray[Any]]) -> Tensor:
     """float32 [rows, columns]: what onnxruntime's DequantizeLinear makes of the constants of a node that `is_weight`,
     as the onnx package reads them. Shares no code with the packer."""
-    import onnxruntime
     from onnx import TensorProto, helper
 
     names = ["codes", "scales", "zero_points"][: len(constants)]
@@ -160,19 +159,9 @@ def decoded_weight(node: onnx.NodeProto, constants: Sequence[NDArray[Any]]) -> T
     integers = helper.np_dtype_to_tensor_dtype(codes.dtype)
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     inputs = [codes, scales.astype(np.float32), *zeros]  # in fp16 the product would be rounded
-    graph = helper.make_graph(
-        [helper.make_node("DequantizeLinear", names, ["weight"], **attributes)],
-        "one_weight",
-        [],
-        [helper.make_tensor_value_info("weight", TensorProto.FLOAT, codes.shape)],
-        [
-            helper.make_tensor(name, integers if name != "scales" else TensorProto.FLOAT, array.shape, array)
-            for name, array in zip(names, inputs, strict=True)
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET_READ)], ir_version=IR_READ)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (weight,) = session.run(None, {})
-    return torch.from_numpy(weight).T.contiguous()
+    tensors = [
+        helper.make_tensor(name, integers if name != "scales" else TensorProto.FLOAT, array.shape, array)
+        for name, array in zip(names, inputs, strict=True)
+    ]
+    alone = helper.make_node("DequantizeLinear", names, ["weight"], **attributes)
+    return output_of(alone, tensors, {}, (OPSET_READ, IR_READ)).T.contiguous()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from exporters.onnx.experts import BITS, EXPERTS_KEY
+from exporters.onnx.node_rules import constant_of, level_problems, shape_of
 from exporters.onnx.packing import BLOCKS
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ def expert_problems(node: ir.Node) -> Iterator[str]:
     if block not in BLOCKS:
         yield f"blocks of {block}; onnxruntime runs {BLOCKS}"
         return
-    if level not in range(5):
-        yield f"accuracy_level {level}; 0 to 4 exist"
+    yield from level_problems(level)
     if fusion != 1:
         yield f"swiglu_fusion {fusion}; onnxruntime's CPU kernel knows rows of gate and up in turn alone (1)"
     if packed != 0:
@@ -67,7 +67,5 @@ def _shapes(node: ir.Node, experts: int, block: int, bits: int) -> Iterator[str]
 
 def _shape(node: ir.Node, index: int) -> tuple[int, ...]:
     """Of a constant input; () where it is no constant, or left out."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None or value.const_value is None:
-        return ()
-    return tuple(int(size) for size in value.const_value.shape.numpy())
+    tensor = constant_of(node, index)
+    return () if tensor is None else shape_of(tensor)

@@ -1,11 +1,11 @@
 """OnnxExporter: artifact -> a folder that onnxruntime, onnxruntime-genai or transformers.js runs (`layouts`).
 
-    model.onnx         the decoder graph (MatMulNBits, GroupQueryAttention), a few hundred kB
+    model.onnx         the decoder graph, a few hundred kB; in other forms on request (`form`)
     model.onnx.data    every tensor
     genai_config.json  what onnxruntime-genai needs to know, beside the tokenizer files and config.json
 
-Refuses, at plan time, grids that MatMulNBits cannot hold, head sizes that GroupQueryAttention cannot run, and experts
-that QMoE cannot hold.
+Refuses, at plan time, grids that MatMulNBits cannot hold, experts that QMoE cannot hold, and what the form or the
+layout cannot be.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class OnnxExporter:
     float32, for a token that takes some 1.2 times as long. `keep_fast` keeps products of 2 and 8 bits at 4 whatever
     `accuracy_level` says: below, onnxruntime decodes the weight on every call. With `fallback`, the pipeline writes a
     model that misses its gate at level 4 again, first with exact down projections, then with level 0 wherever it is
-    fast. `layout` is the runtime whose folder is written: "genai" (plain onnxruntime too) or "transformers.js"."""
+    fast. `layout` is the runtime whose folder is written: "genai" (plain onnxruntime too) or "transformers.js";
+    `flavour`, `weights` and `dtype` are the form of the graph (`GraphForm`)."""
 
     accuracy_level: int = 4
     exact_down_proj: bool = False

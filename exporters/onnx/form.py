@@ -15,6 +15,7 @@ from exporters.onnx.std import StdFlavour
 from signround.architecture import EMBEDDING
 from signround.errors import Refusal
 from signround.plan import ModelPlan
+from signround.runtimes.ort import FUSED_LEVEL
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,7 +25,6 @@ WEIGHTS = ("matmulnbits", "dequantize")
 DTYPES = {"fp32": "FLOAT", "fp16": "FLOAT16"}  # what a graph computes in -> its name in onnx_ir
 OPSET_2_BITS, IR_2_BITS = 25, 13  # the first with int2 and uint2
 SHIPPED = Accuracy(4, exact_down=False)
-LEVEL_OPTION = "session.qdq_matmulnbits_accuracy_level"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class GraphForm:
         onnxruntime fuses it with 4 unless told otherwise."""
         if self.weights != "dequantize" or self.accuracy.level == 4:
             return {}
-        return {LEVEL_OPTION: str(self.accuracy.level)}
+        return {FUSED_LEVEL: str(self.accuracy.level)}
 
     def refusals(self, plan: ModelPlan) -> list[Refusal]:
         """Names that are not known, and combinations that do not exist; grids are judged elsewhere."""
@@ -96,8 +96,8 @@ class GraphForm:
             yield "onnx: before 1.27 onnxruntime capped scores of Attention after it masked them: do not use it."
         if self.session_options:
             yield (
-                "onnx: DequantizeLinear has no accuracy_level; genai_config.json sets the session option "
-                f"{LEVEL_OPTION} to {self.accuracy.level}, and plain onnxruntime computes at 4 unless it is told so."
+                "onnx: DequantizeLinear has no accuracy_level; onnxruntime computes at 4 unless the session option "
+                f"{FUSED_LEVEL} is {self.accuracy.level}, as genai_config.json says. No other layout can say so."
             )
         if self.dtype == "fp16" and plan.architecture.family.norm_plus_one:
             yield (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.onnx.checker import problems_of
+from exporters.onnx.node_rules import constant_of
 from exporters.onnx.reader import SCHEME_KEY, load_any
 from signround.runtimes.onnx_files import find_graph
 
@@ -48,11 +49,11 @@ def quantised_operators(model: ir.Model) -> list[dict[str, Any]]:
     """One entry for each kind of quantised node: its attributes, how many there are, how many weights they hold."""
     counts: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
     for node in model.graph:
-        weights = [_constant(node, weight) for weight, _ in PLACES.get(node.op_type, ())]
+        weights = [constant_of(node, weight) for weight, _ in PLACES.get(node.op_type, ())]
         present = [weight for weight in weights if weight is not None]
         if not present:
             continue
-        zeros = any(_constant(node, zero) is not None for _, zero in PLACES[node.op_type])
+        zeros = any(constant_of(node, zero) is not None for _, zero in PLACES[node.op_type])
         shown = tuple(_attribute(node, name) for name in SHOWN)
         count = counts[node.op_type, present[0].dtype.name, shown, zeros]
         count[0] += 1
@@ -68,11 +69,6 @@ def _attribute(node: ir.Node, name: str) -> int | None:
     """QMoE has a name of its own for its bits."""
     name = "expert_weight_bits" if name == "bits" and node.op_type == "QMoE" else name
     return node.attributes[name].as_int() if name in node.attributes else None
-
-
-def _constant(node: ir.Node, index: int) -> ir.TensorProtocol | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
-    return None if value is None else value.const_value
 
 
 def _weights(node: ir.Node, weight: ir.TensorProtocol) -> int:

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from exporters.onnx.reader import DTYPE_KEY, LEVEL_KEY
+from exporters.onnx.reader import DTYPE_KEY
 from signround.artifact import QuantizedCheckpoint
 from signround.files import canonical_json
+from signround.runtimes.ort import LEVEL_KEY
 
 
 def model_metadata(artifact: QuantizedCheckpoint, options: Mapping[str, Any]) -> dict[str, str]:

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 BITS = (2, 4, 8)
 LEVELS = range(5)
 REQUIRED = ("K", "N", "bits", "block_size", "accuracy_level")
-SCALES = MappingProxyType({"MatMulNBits": 2, "GatherBlockQuantized": 2, "DequantizeLinear": 1})
+SCALES = MappingProxyType({"MatMulNBits": (2,), "GatherBlockQuantized": (2,), "DequantizeLinear": (1,), "QMoE": (3, 6)})
 FLOATS = ("FLOAT", "FLOAT16")
 PACKED_FIELDS = {"UINT8": 1, "INT8": 1, "UINT4": 2, "INT4": 2, "UINT2": 4, "INT2": 4}
 OLDEST_OPSET = {"UINT4": 21, "INT4": 21, "UINT2": 25, "INT2": 25}
 
 
-def _constant(node: ir.Node, index: int) -> ir.TensorProtocol | None:
+def constant_of(node: ir.Node, index: int) -> ir.TensorProtocol | None:
+    """Input `index` of a node where it is given and a constant."""
     value = node.inputs[index] if index < len(node.inputs) else None
     return None if value is None else value.const_value
 
@@ -43,26 +44,26 @@ def _integer(node: ir.Node, name: str, default: int) -> int:
     return node.attributes[name].as_int() if name in node.attributes else default
 
 
-def _shape_of(tensor: ir.TensorProtocol) -> Shape:
+def shape_of(tensor: ir.TensorProtocol) -> Shape:
     return tuple(size for size in tensor.shape if isinstance(size, int))
 
 
 def _tensors(node: ir.Node, wanted: Mapping[int, tuple[Shape, ...]], needed: tuple[int, ...]) -> Iterator[str]:
     """Each constant input has one of its shapes; those `needed` are there."""
     for index, shapes in wanted.items():
-        tensor = _constant(node, index)
+        tensor = constant_of(node, index)
         if not _is_given(node, index):
             if index in needed:
                 yield f"input {index} is missing"
         elif tensor is None:
             yield f"input {index} is not a constant"
-        elif _shape_of(tensor) not in shapes:
-            yield f"input {index} must have shape {shapes[0]}, got {_shape_of(tensor)}"
+        elif shape_of(tensor) not in shapes:
+            yield f"input {index} must have shape {shapes[0]}, got {shape_of(tensor)}"
 
 
 def _dtypes(node: ir.Node, wanted: Mapping[int, tuple[str, ...]]) -> Iterator[str]:
     for index, names in wanted.items():
-        tensor = _constant(node, index)
+        tensor = constant_of(node, index)
         if tensor is not None and tensor.dtype.name not in names:
             yield f"input {index} must be {' or '.join(names)}, got {tensor.dtype.name}"
 
@@ -75,9 +76,7 @@ def matmul_nbits(node: ir.Node) -> Iterator[str]:
         return
     columns, rows, bits, block = (node.attributes[name].as_int() for name in REQUIRED[:4])
     yield from _grid_problems(bits, block)
-    level = _integer(node, "accuracy_level", 0)
-    if level not in LEVELS:
-        yield f"accuracy_level {level}; {LEVELS.start} to {LEVELS.stop - 1} exist"
+    yield from level_problems(_integer(node, "accuracy_level", 0))
     if _is_given(node, 4):
         yield "g_idx is set; it is slow at 4 bits and wrong at 2"
     if block not in BLOCKS or bits not in BITS:
@@ -94,6 +93,12 @@ def matmul_nbits(node: ir.Node) -> Iterator[str]:
     yield from _dtypes(node, {1: ("UINT8",), 2: FLOATS, 3: ("UINT8",), 5: FLOATS})
 
 
+def level_problems(level: int) -> Iterator[str]:
+    """Of the accuracy_level of any operator that has one."""
+    if level not in LEVELS:
+        yield f"accuracy_level {level}; {LEVELS.start} to {LEVELS.stop - 1} exist"
+
+
 def _grid_problems(bits: int, block: int) -> Iterator[str]:
     if bits not in BITS:
         yield f"{bits} bits; onnxruntime runs 2, 4 and 8"
@@ -106,12 +111,12 @@ def gather_block_quantized(node: ir.Node) -> Iterator[str]:
     of the same rank; zero points packed like the data."""
     bits, block = _integer(node, "bits", 4), _integer(node, "block_size", 128)
     yield from _grid_problems(bits, block)
-    data, source = _constant(node, 0), node.inputs[0]
+    data, source = constant_of(node, 0), node.inputs[0]
     if data is None:
         if source is None or source.producer() is None:  # else: a reshaped constant, as others share a table
             yield "input 0 is missing" if source is None else "input 0 is not a constant"
         return
-    shape, axis = _shape_of(data), _integer(node, "quantize_axis", 1)
+    shape, axis = shape_of(data), _integer(node, "quantize_axis", 1)
     yield from _dtypes(node, {0: ("UINT8", "UINT4", "INT4"), 2: FLOATS, 3: (data.dtype.name,)})
     if _integer(node, "gather_axis", 0) != 0:
         yield "gather_axis must be 0"
@@ -134,10 +139,10 @@ def dequantize_linear(node: ir.Node) -> Iterator[str]:
     """DequantizeLinear in blocks: one scale and zero point for each `block_size` values along `axis`. Without a block
     size there is one for all, or one a slice along `axis`."""
     block = _integer(node, "block_size", 0)
-    data = _constant(node, 0)
+    data = constant_of(node, 0)
     if data is None:
         return  # an activation is none of our business
-    shape = _shape_of(data)
+    shape = shape_of(data)
     axis = _integer(node, "axis", 1) % max(len(shape), 1)
     yield from _dtypes(node, {0: tuple(PACKED_FIELDS), 1: FLOATS, 2: (data.dtype.name,)})
     wanted: tuple[Shape, ...] = ((), (1,), shape[axis : axis + 1])
@@ -176,12 +181,12 @@ def not_finite(model: ir.Model) -> Iterator[str]:
 
     seen: set[str | None] = set()
     for node in model.graph:
-        index = SCALES.get(node.op_type)
-        tensor = None if index is None else _constant(node, index)
-        if index is None or tensor is None or tensor.name in seen:
-            continue
-        seen.add(tensor.name)
-        if not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all():
-            yield f"{node.name}: input {index} (scales) holds NaN or Inf"
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()  # onnx_ir maps the whole file for each tensor
+        for index in SCALES.get(node.op_type, ()):
+            tensor = constant_of(node, index)
+            if tensor is None or tensor.name in seen:
+                continue
+            seen.add(tensor.name)
+            if not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all():
+                yield f"{node.name}: input {index} (scales) holds NaN or Inf"
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()  # onnx_ir maps the whole file for each tensor

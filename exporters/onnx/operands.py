@@ -1,4 +1,4 @@
-"""What every flavour feeds its attention: q, k and v one by one, and the rotary tables as constants."""
+"""What attention is fed in every flavour: q, k and v one by one, and the rotary tables as constants."""
 
 from __future__ import annotations
 

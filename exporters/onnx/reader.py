@@ -19,6 +19,7 @@ from exporters.onnx.expert_reader import expert_products, read_experts
 from exporters.onnx.experts import OPERATOR as EXPERTS
 from exporters.onnx.linear import COLUMNS_KEY, GRID_KEY, WEIGHTS_KEY, bias_name
 from exporters.onnx.packing import Packed, layout_of, split, unpack
+from exporters.onnx.single_node import output_of
 from signround.errors import FailedError, RefusedError, refuse
 from signround.exporting import missing_packages
 from signround.grid import Grid
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 SCHEME_KEY = "signround.scheme"  # model metadata: what tells our graphs from others
 ADDED_KEY = "signround.added_to_norms"  # model metadata: what the file adds to the weight of every norm
 DTYPE_KEY = "signround.dtype"  # model metadata: what the graph computes in; absent in files of earlier versions
-LEVEL_KEY = "signround.accuracy_level"  # model metadata: the level that was asked for
 KEPT_SUFFIXES = (".weight", ".bias")  # kept tensors keep their checkpoint name
 PRODUCT, GATHER = "MatMulNBits", "GatherBlockQuantized"
 PLACES = {PRODUCT: (1, 2, 3), GATHER: (0, 2, 3)}  # which inputs are codes, scales, zero points
@@ -250,29 +250,13 @@ def _gathered(
 
 def _result(kind: str, inputs: list[NDArray[Any]], fed: int, attributes: dict[str, int]) -> Tensor:
     """What one node of onnxruntime gives for these inputs, float32; all but the input `fed` are its constants."""
-    import onnxruntime
     from onnx import helper, numpy_helper
 
     names = [f"input{index}" for index in range(len(inputs))]
-    graph = helper.make_graph(
-        [helper.make_node(kind, names, ["output"], domain="com.microsoft", **attributes)],
-        "one_weight",
-        [
-            helper.make_tensor_value_info(
-                names[fed], helper.np_dtype_to_tensor_dtype(inputs[fed].dtype), inputs[fed].shape
-            )
-        ],
-        [helper.make_tensor_value_info("output", helper.np_dtype_to_tensor_dtype(np.dtype(np.float32)), None)],
-        [
-            numpy_helper.from_array(np.ascontiguousarray(array), name)
-            for index, (name, array) in enumerate(zip(names, inputs, strict=True))
-            if index != fed
-        ],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {names[fed]: inputs[fed]})
-    return torch.from_numpy(output)
+    node = helper.make_node(kind, names, ["output"], domain="com.microsoft", **attributes)
+    constants = [
+        numpy_helper.from_array(np.ascontiguousarray(array), name)
+        for index, (name, array) in enumerate(zip(names, inputs, strict=True))
+        if index != fed
+    ]
+    return output_of(node, constants, {names[fed]: inputs[fed]})

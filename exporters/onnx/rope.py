@@ -71,14 +71,21 @@ def rotary_tables(architecture: Architecture) -> dict[Rope, RotaryTable]:
 
 def positions_of(architecture: Architecture) -> int:
     """Positions that the tables have: the context, capped at what TABLE_BYTES holds (131072 for heads of 128)."""
-    bytes_a_position, bytes_before = 0, 0
+    bytes_a_position, bytes_before, switch = 0, 0, 0
     for rope in _ropes(architecture):
         row = rope.dimensions(architecture.head_dim) // 2 * 4 * 2
-        bytes_a_position += row
-        bytes_before += row * (_switch(rope, architecture.context) or 0)
+        longest = _switch(rope, architecture.context) or 0
+        bytes_a_position, bytes_before, switch = (
+            bytes_a_position + row,
+            bytes_before + row * longest,
+            max(switch, longest),
+        )
     if not bytes_a_position:
         return architecture.context
-    return min(architecture.context, (TABLE_BYTES - bytes_before) // bytes_a_position)
+    positions = (TABLE_BYTES - bytes_before) // bytes_a_position
+    if positions <= switch:  # no room for texts that take the long factors, and no need of their rows
+        positions = min(switch, TABLE_BYTES // bytes_a_position)
+    return min(architecture.context, positions)
 
 
 def inverse_frequencies(rope: Rope, width: int, *, long: bool = False) -> Tensor:

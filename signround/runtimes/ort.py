@@ -35,8 +35,8 @@ DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}  # of a cach
 LEVELLED = ("MatMulNBits", "QMoE")
 NO_PREPACKING = "session.disable_prepacking"
 QUIET = 4  # log severity: none but fatal ones; errors reach the caller as exceptions
-FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"
-LEVEL_KEY = "signround.accuracy_level"  # model metadata of files with DequantizeLinear
+FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"  # of DequantizeLinear, which has none of its own
+LEVEL_KEY = "signround.accuracy_level"  # model metadata of our files: the level that was asked for
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 

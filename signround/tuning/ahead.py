@@ -9,7 +9,7 @@ Related: cross-block reconstruction, CBQ (arXiv 2312.07950), where both blocks l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -57,8 +57,16 @@ class NextHead:
     def loss(self, outputs: Tensor, targets: Tensor, picks: Tensor, *, fast: bool) -> Tensor:
         """Mean KL divergence of the next-token distributions, in nats; see `Ahead`."""
         with self.blocks.products(fast=fast):
-            mean: Tensor = _MeanDivergence.apply(outputs, targets, self.head)  # type: ignore[no-untyped-call]
+            mean: Tensor = _MeanDivergence.apply(outputs, targets, _for_products(self.head))  # type: ignore[no-untyped-call]
             return mean
+
+
+def _for_products(head: Head) -> Head:
+    """The head with its weight in the dtype of products: autocast would convert all of it for every slice of tokens."""
+    kind = head.weight.device.type
+    if not torch.is_autocast_enabled(kind):
+        return head
+    return replace(head, weight=head.weight.to(torch.get_autocast_dtype(kind)))
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:

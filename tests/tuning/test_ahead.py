@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from signround.architecture import Scales
-from signround.blocks import Head
+from signround.blocks import DecoderBlocks, Head
+from signround.checkpoint import SourceCheckpoint
 from signround.formats import grid_for
 from signround.recipes import settings_for
 from signround.tuning import ahead as ahead_room
@@ -70,6 +71,21 @@ def test_the_divergence_in_slices_is_the_whole_one(
     wanted_gradient = torch.autograd.grad(3 * wanted, outputs)[0]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found_gradient, wanted_gradient, rtol=1e-3, atol=1e-8)
+
+
+def test_steps_are_those_of_autocast(llama_folder: Path) -> None:
+    """The weight is converted once, not slice by slice; to the bit the same."""
+    problem = problem_of(llama_folder, settings())
+    checkpoint = SourceCheckpoint(llama_folder)
+    blocks = DecoderBlocks(checkpoint.config, checkpoint.read, compute="bf16")
+    head, outputs = blocks.head(), noisy(problem.targets)
+    found = NextHead(blocks, head).loss(outputs, problem.targets, ALL, fast=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted: Tensor = ahead_room._MeanDivergence.apply(outputs, problem.targets, head)
+    assert torch.equal(found, wanted)
+    assert torch.equal(torch.autograd.grad(found, outputs)[0], torch.autograd.grad(wanted, outputs)[0])
+    exact = NextHead(blocks, head).loss(outputs, problem.targets, ALL, fast=False)
+    assert not torch.equal(found, exact)
 
 
 def whole_divergence(head: Head, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -195,6 +195,21 @@ def test_checker_catches(exported: Exported, mutate: Callable[[Any], None], foun
     assert found in " ".join(problems_of(model, folder))
 
 
+@pytest.mark.parametrize("index", [3, 6])
+def test_scales_of_experts_must_be_finite(exported: Exported, index: int) -> None:
+    _, folder = exported("qwen3-moe", "w8g64-asym")
+    model = load_graph(folder)
+    assert problems_of(model, folder, values=True) == []
+    value = next(node for node in model.graph if node.op_type == "QMoE").inputs[index]
+    assert value is not None
+    assert value.const_value is not None
+    scales = value.const_value.numpy().copy()
+    scales.flat[-1] = np.nan
+    value.const_value = ir.tensor(scales, name=value.name)
+    (problem,) = problems_of(model, folder, values=True)
+    assert f"input {index} (scales) holds NaN or Inf" in problem
+
+
 def test_inspection_counts_experts(exported: Exported) -> None:
     artifact, folder = exported("qwen3-moe", "w8g64-asym")
     operators = {entry["operator"]: entry for entry in inspected(folder)["operators"]}

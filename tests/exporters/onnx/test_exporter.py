@@ -154,7 +154,12 @@ def test_down_projections_can_stay_exact(artifact_of: Maker, tmp_path: Path) -> 
     )
 
 
-def test_one_weight_is_resident_at_a_time(artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"flavour": "std", "weights": "dequantize"}], ids=["matmulnbits", "dequantize"]
+)
+def test_one_weight_is_resident_at_a_time(
+    artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
+) -> None:
     artifact = artifact_of("llama", layers=4)
     alive: list[weakref.ref[QuantizedTensor]] = []
     read = QuantizedCheckpoint.quantized
@@ -168,7 +173,7 @@ def test_one_weight_is_resident_at_a_time(artifact_of: Maker, tmp_path: Path, mo
         return tensor
 
     monkeypatch.setattr(QuantizedCheckpoint, "quantized", counted)
-    OnnxExporter().export(artifact, tmp_path / "onnx", silent)
+    OnnxExporter(**options).export(artifact, tmp_path / "onnx", silent)
     assert len(alive) == 4 * 7  # each weight is read once
     assert peak <= 2
 

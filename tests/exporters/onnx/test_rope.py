@@ -98,6 +98,16 @@ def test_all_tables_together_stay_within_their_bytes(monkeypatch: pytest.MonkeyP
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize(("rows", "positions"), [(200, 200), (300, 256), (511, 256), (514, 258)])
+def test_little_room_is_for_short_texts(monkeypatch: pytest.MonkeyPatch, rows: int, positions: int) -> None:
+    """With an original context of 256, long rows begin to be of use at 257 positions: 256 + 257 rows."""
+    monkeypatch.setattr(rope, "TABLE_BYTES", rows * 12 * 4 * 2)
+    (table,) = rotary_tables(phi()[0]).values()
+    assert table.positions == positions
+    assert table.switch == (256 if positions > 256 else None)
+    assert table.rows <= rows
+
+
 def test_blocks_without_positions_need_no_table(tmp_path: Path) -> None:
     architecture = replace(phi()[0], ropes=(None, None))
     assert rotary_tables(architecture) == {}

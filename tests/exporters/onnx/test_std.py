@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -292,21 +291,3 @@ def test_two_exports_are_byte_identical(artifact_of: Maker, tmp_path: Path, opti
         target = OnnxExporter(**options).export(artifact_of("qwen2"), tmp_path / name, silent).target
         digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in target.iterdir()})
     assert digests[0] == digests[1]
-
-
-def test_one_weight_is_resident_at_a_time(artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact = artifact_of("llama", layers=4)
-    alive: list[weakref.ref[QuantizedTensor]] = []
-    read, peak = QuantizedCheckpoint.quantized, 0
-
-    def counted(self: QuantizedCheckpoint, name: str, rows: range | None = None) -> QuantizedTensor:
-        nonlocal peak
-        tensor = read(self, name, rows)
-        alive.append(weakref.ref(tensor))
-        peak = max(peak, sum(reference() is not None for reference in alive))
-        return tensor
-
-    monkeypatch.setattr(QuantizedCheckpoint, "quantized", counted)
-    OnnxExporter(**PURE).export(artifact, tmp_path / "onnx", silent)
-    assert len(alive) == 4 * 7  # each weight is read once
-    assert peak <= 2

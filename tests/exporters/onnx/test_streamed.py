@@ -45,7 +45,7 @@ def test_pieces_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
     assert tensor.const_value is not None
     with open(tmp_path / "file", "wb") as file, pytest.raises(ValueError, match="must have 32 bytes, got 24"):
         tensor.const_value.tofile(file)
-    with pytest.raises(ValueError, match=r"must have shape \[4,2\], got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"must have shape \[4, 2\], got \(3, 2\)"):
         tensor.const_value.numpy()
 
 

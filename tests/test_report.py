@@ -120,7 +120,7 @@ def test_the_report_says_which_losses_it_shows(
     artifact: QuantizedCheckpoint, tmp_path: Path, lookahead: int, words: str
 ) -> None:
     report = report_of(artifact, tmp_path)
-    report["recipe"]["lookahead"] = lookahead
+    report["recipe"] |= {"method": "signround", "lookahead": lookahead}
     assert words in markdown(report)
 
 

@@ -92,13 +92,13 @@ def test_onnxruntime_steps_over_its_cache_compute_the_window(files: tuple[Path, 
     runtime = open_onnxruntime(files[1], accuracy_level=0)
     tokens = any_tokens(12, runtime.vocabulary)
     (whole,) = runtime.logits(torch.tensor([tokens]))
-    past, logits = runtime._step(tokens[:9], 0, None)
-    rows = [logits.numpy()[0, -1]]
-    for position in range(9, 12):
-        past, logits = runtime._step(tokens[position : position + 1], position, past)
-        rows.append(logits.numpy()[0, -1])
+    logits, cache = runtime.step(torch.tensor([tokens[:9]]))
+    rows = [logits[0, -1]]
+    for token in tokens[9:]:
+        logits, cache = runtime.step(torch.tensor([[token]]), cache)
+        rows.append(logits[0, -1])
     for row, wanted in zip(rows, whole[0, 8:], strict=True):
-        assert torch.allclose(torch.from_numpy(row), wanted, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(row, wanted, rtol=1e-4, atol=1e-5)
     runtime.close()
     with pytest.raises(FailedError, match="closed"):
         runtime.speed()

@@ -22,7 +22,6 @@ from signround.exporting import Exporter
 from signround.plan import CalibrationSpec, make_plan
 from signround.qtensor import QuantizedTensor
 from signround.recipes import settings_for
-from tests.small_artifacts import write_rounded_artifact
 from tests.small_models import FAMILIES, write_small_model
 
 pytest.importorskip("onnxruntime")
@@ -43,21 +42,6 @@ COVERING = [
     ("qwen3", "w4g128-asym", {}),
     ("qwen3", "w2gc", {}),
 ]
-
-
-@pytest.fixture(scope="module")
-def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Maker:
-    made: dict[str, QuantizedCheckpoint] = {}
-
-    def make(family: str = "llama", scheme: str = "w4g32", **overrides: Any) -> QuantizedCheckpoint:
-        key = f"{family} {scheme} {overrides}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp("onnx")
-            write_small_model(folder / "model", family, **overrides)
-            made[key] = write_rounded_artifact(folder / "model", folder / "artifact", scheme)
-        return made[key]
-
-    return make
 
 
 def digests(folder: Path) -> dict[str, str]:

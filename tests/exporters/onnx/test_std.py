@@ -30,8 +30,6 @@ from signround.formats import grid_for
 from signround.parity import compare_weights
 from signround.qtensor import QuantizedTensor
 from tests.exporters.onnx.test_packing import HELD, random_tensor, same
-from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import write_small_model
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -41,21 +39,6 @@ Maker = Callable[..., QuantizedCheckpoint]
 STD, PURE, HALF = {"flavour": "std"}, {"flavour": "std", "weights": "dequantize"}, {"flavour": "std", "dtype": "fp16"}
 PURE_HALF = {**PURE, "dtype": "fp16"}
 FORMS = [STD, PURE, HALF, PURE_HALF, {"dtype": "fp16"}]
-
-
-@pytest.fixture(scope="module")
-def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Maker:
-    made: dict[str, QuantizedCheckpoint] = {}
-
-    def make(family: str = "llama", scheme: str = "w4g32", **overrides: Any) -> QuantizedCheckpoint:
-        key = f"{family} {scheme} {overrides}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp("std")
-            write_small_model(folder / "model", family, **overrides)
-            made[key] = write_rounded_artifact(folder / "model", folder / "artifact", scheme)
-        return made[key]
-
-    return make
 
 
 def slow_columns(tensor: QuantizedTensor, block: int) -> np.ndarray:

@@ -128,7 +128,7 @@ def write_vocabulary_file(carried: CarriedTokenizer, target: Path, name: str = "
     shapes |= {f"blk.0.{name}.weight": (width,) for name in ("attn_norm", "ffn_norm")}
     tensors = [TensorEntry(name, shape, 0, 4 * math.prod(shape)) for name, shape in shapes.items()]
     with open(target, "wb") as stream:
-        assert list(write(stream, entries, tensors, lambda entry: [np.zeros(entry.shape, np.float32)]))
+        assert list(write(stream, entries, tensors, lambda entry: [lambda: np.zeros(entry.shape, np.float32)]))
     return target
 
 

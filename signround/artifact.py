@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from signround.errors import FailedError, refuse
 from signround.files import disk_errors, sha256_of, sha256_of_json, write_json, written_whole
 from signround.importance import Importance, InputSquares
+from signround.parallel import in_order
 from signround.plan import KeptTensor, LayerPlan, ModelPlan
 from signround.qtensor import QuantizedTensor
 from signround.safetensors_stream import save_tensors
@@ -161,7 +162,9 @@ class QuantizedCheckpoint:
 
     def damaged(self) -> list[str]:
         """Files whose bytes are not those of the manifest (missing ones included)."""
-        return [name for name, digest in self.manifest["files"].items() if not _intact(self.folder / name, digest)]
+        files = self.manifest["files"]
+        intact = in_order(partial(_intact, self.folder / name, digest) for name, digest in files.items())
+        return [name for name, whole in zip(files, intact, strict=True) if not whole]
 
     def _read(
         self, name: str, parts: list[str], rows: range | None = None, *, optional: bool = False

@@ -1,8 +1,9 @@
-"""Peak memory of a stage, as the operating system saw it."""
+"""What this machine has, and the peak memory of a stage as the operating system saw it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -56,3 +57,8 @@ def peak_memory() -> tuple[int, int]:
 def physical_memory() -> int:
     """Bytes of RAM in this machine."""
     return int(psutil.virtual_memory().total)
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from exporters.gguf import container
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint
 from signround.evaluate import score
@@ -50,7 +51,8 @@ class Alive:
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> Alive:
-    """Every tensor that a checkpoint or an artifact reads is watched. Float32 models keep it: no cast makes a copy."""
+    """Every tensor that a checkpoint or an artifact reads is watched. Float32 models keep it: no cast makes a copy.
+    GGUF's slices are made one at a time: how far threads get ahead of the disk (tests/test_parallel.py) is chance."""
     watch = Alive()
     read, read_parts = SourceCheckpoint.read, QuantizedCheckpoint._read
 
@@ -62,6 +64,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Alive:
 
     monkeypatch.setattr(SourceCheckpoint, "read", lambda self, name: watch.watched(read(self, name)))
     monkeypatch.setattr(QuantizedCheckpoint, "_read", watched_parts)
+    monkeypatch.setattr(container, "in_order", lambda jobs: (job() for job in jobs))
     return watch
 
 

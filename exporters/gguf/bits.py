@@ -18,28 +18,34 @@ def pack_bits(values: Bytes, bits: int, apart: int) -> Bytes:
 
     Byte l of each run of 8 / bits * apart values = v[l] | v[l + apart] << bits | v[l + 2 apart] << 2 bits ...
     """
-    if apart % WORD == 0:
-        return _pack_words(values, bits, apart // WORD)
+    if apart == 1:
+        return _pack_neighbours(values, bits)
     places = 8 // bits
-    runs = (values & np.uint8((1 << bits) - 1)).reshape(len(values), -1, places, apart)
-    packed: Bytes = runs[:, :, 0].copy()
-    for place in range(1, places):
-        packed |= runs[:, :, place] << np.uint8(bits * place)
-    return packed.reshape(len(values), -1)
+    word = np.dtype("<u8" if apart % WORD == 0 else np.uint8)  # no bit leaves its byte: a word is bytes side by side
+    low, shift = word.type(0x0101010101010101 * ((1 << bits) - 1) & np.iinfo(word).max), word.type(bits)
+    runs = np.ascontiguousarray(values).reshape(-1).view([(str(place), f"V{apart}") for place in range(places)])
 
+    def all_of(place: int) -> Values:
+        """Copied first: numpy is slow along short rows, and copies items of any size fast."""
+        found: Values = runs[str(place)].copy().view(word)
+        found &= low
+        return found
 
-def _pack_words(values: Bytes, bits: int, apart: int) -> Bytes:
-    """`pack_bits` on eight bytes at a time, `apart` in words: no bit leaves its byte, so a word is eight bytes side by
-    side. The n rows are turned to lie along the inner axis, because numpy is slow along short rows."""
-    low, shift = np.uint64(0x0101010101010101 * ((1 << bits) - 1)), np.uint64(bits)
-    words = np.ascontiguousarray(np.ascontiguousarray(values).view("<u8").T) & low
-    runs = words.reshape(-1, 8 // bits, apart, len(values))
-    packed = runs[:, -1] << shift
-    for place in range(runs.shape[1] - 2, 0, -1):
-        packed |= runs[:, place]
+    packed = all_of(places - 1)
+    for place in range(places - 2, -1, -1):
         packed <<= shift
-    packed |= runs[:, 0]
-    return np.ascontiguousarray(packed.reshape(-1, len(values)).T).view(np.uint8)
+        packed |= all_of(place)
+    return packed.view(np.uint8).reshape(len(values), -1)
+
+
+def _pack_neighbours(values: Bytes, bits: int) -> Bytes:
+    """`pack_bits` of neighbours: those of one byte are one integer, whose parts move down into its lowest byte."""
+    places = 8 // bits
+    words = np.ascontiguousarray(values).view(f"<u{places}") & int.from_bytes(bytes([(1 << bits) - 1]) * places)
+    packed = words.copy()
+    for place in range(1, places):
+        packed |= words >> (8 - bits) * place
+    return packed.astype(np.uint8)
 
 
 def joined(*parts: Bytes) -> Bytes:

@@ -15,15 +15,20 @@ several files is several of these (`splits.py`).
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from signround.parallel import in_order
 
 ALIGNMENT = 32
 VERSION = 3
@@ -53,6 +58,10 @@ class TensorEntry:
     shape: tuple[int, ...]
     type: int
     bytes: int
+
+
+PartOfTensor = Callable[[], npt.NDArray[Any]]  # makes it, in any thread
+PartsOf = Callable[[TensorEntry], Iterable[PartOfTensor]]
 
 
 def padded(size: int) -> int:
@@ -120,21 +129,25 @@ def write(
     stream: IO[bytes],
     entries: Sequence[KeyValue],
     tensors: Sequence[TensorEntry],
-    data: Callable[[TensorEntry], Iterable[npt.NDArray[Any]]],
-) -> Iterable[TensorEntry]:
-    """Write header and tensors; yields each entry after its data. `data` gives a tensor in parts that follow each
-    other; one part is in memory at a time."""
+    data: PartsOf,
+) -> Iterator[TensorEntry]:
+    """Write header and tensors; yields each entry after its data. `data` gives the parts of a tensor in their order;
+    those to come, of the next tensors too, are made in threads while one is written."""
     stream.write(header(entries, tensors))
-    for tensor in tensors:
+    parts = in_order(partial(_made, tensor, part) for tensor in tensors for part in data(tensor))
+    for tensor, (owner, own) in zip(tensors, itertools.groupby(parts, key=itemgetter(0)), strict=True):
         written = 0
-        for part in data(tensor):
-            raw = np.ascontiguousarray(part)
+        for _, raw in own:
             stream.write(raw.data)
             written += raw.nbytes
-        if written != tensor.bytes:
+        if owner != tensor or written != tensor.bytes:
             raise ValueError(f"{tensor.name}: {written} bytes where {tensor.bytes} were announced")
         stream.write(bytes(padded(tensor.bytes) - tensor.bytes))
         yield tensor
+
+
+def _made(tensor: TensorEntry, part: PartOfTensor) -> tuple[TensorEntry, npt.NDArray[Any]]:
+    return tensor, np.ascontiguousarray(part())
 
 
 class GgufFile:

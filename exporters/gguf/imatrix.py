@@ -20,6 +20,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> None:
         arrays[name + SUMS] = squares.sums.numpy().astype("<f4")
         arrays[name + COUNTS] = squares.counts.numpy().astype("<f4")
     with written_whole(path) as temporary, open(temporary, "wb") as stream:
-        for _ in write(stream, metadata, table, lambda entry: [arrays[entry.name]]):
+        for _ in write(stream, metadata, table, lambda entry: [partial(arrays.__getitem__, entry.name)]):
             pass
 
 

@@ -6,15 +6,13 @@ Both tell at plan time what they refuse, and give the table of contents in parts
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy.typing as npt
+from typing import Protocol
 
 from exporters.gguf import hyperparameters
 from exporters.gguf.card import read_card
-from exporters.gguf.container import TensorEntry
+from exporters.gguf.container import PartsOf
 from exporters.gguf.layout import AUTO
 from exporters.gguf.pre_tokenizer import AUTO as AUTO_PRE
 from exporters.gguf.probing import transformers_notes
@@ -28,8 +26,6 @@ from signround.experts import is_expert
 from signround.gguf_names import gguf_name
 from signround.grid import Grid
 from signround.plan import ModelPlan
-
-Data = Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]
 
 
 class Route(Protocol):
@@ -47,8 +43,8 @@ class Route(Protocol):
         """The files to come. Raises ValueError when a tensor does not fit into `limit` bytes."""
         ...
 
-    def data(self, artifact: QuantizedCheckpoint) -> Data:
-        """What reads and lays out one tensor, in parts that follow each other."""
+    def data(self, artifact: QuantizedCheckpoint) -> PartsOf:
+        """What reads and lays out one tensor: its parts in order, to be made in any thread."""
         ...
 
 
@@ -84,7 +80,7 @@ class FromPlan:
         """See `Route.parts`."""
         return planned_parts(plan, self._tokenizer(plan), self.float_type, limit, fingerprint)
 
-    def data(self, artifact: QuantizedCheckpoint) -> Data:
+    def data(self, artifact: QuantizedCheckpoint) -> PartsOf:
         """See `Route.data`. Raises FailedError when a kept matrix does not fit the dtype asked for."""
         return tensor_data(artifact.plan, self.float_type, artifact.quantized, artifact.tensor)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-SLICE = 1 << 24  # weights read at a time: large beside the cost of opening a file, small beside a process
+SLICE = 1 << 22  # weights read at a time: large beside the cost of opening a file, small beside a process
 
 
 def row_slices(rows: int, columns: int, together: int = 1) -> Iterator[range]:

@@ -9,18 +9,17 @@ Refuses, with the list, tensors that cannot be matched; quantised and split temp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from exporters.gguf.container import GgufFile, KeyValue, TensorEntry
+from exporters.gguf.bits import Bytes
+from exporters.gguf.container import GgufFile, KeyValue, PartOfTensor, PartsOf, TensorEntry
 from exporters.gguf.layout import AUTO, FLOAT_TYPES, TYPE_BYTES, file_type
 from exporters.gguf.matching import FloatTensor, Matching, Origin, RowMatcher
 from exporters.gguf.metadata import provenance
@@ -119,7 +118,7 @@ class Template:
         table = self.table(plan)
         return split(self._entries(plan, table, fingerprint), [entry for entry, _ in table], limit)
 
-    def data(self, artifact: QuantizedCheckpoint) -> Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]:
+    def data(self, artifact: QuantizedCheckpoint) -> PartsOf:
         """See `Route.data`. Raises RefusedError when the template does not fit the artifact."""
         found = self.refusals(artifact.plan)
         if found:
@@ -127,21 +126,24 @@ class Template:
         swapped = {entry.name: layers for entry, layers in self.table(artifact.plan) if layers}
         origins = self.matching(artifact.plan).origins
 
-        def data(entry: TensorEntry) -> Iterator[npt.NDArray[Any]]:
+        def packed(layer: LayerPlan, rows: range) -> Bytes:
+            return pack(artifact.quantized(layer.name, rows))
+
+        def data(entry: TensorEntry) -> Iterator[PartOfTensor]:
             if entry.name not in swapped:
                 for rows in row_slices(math.prod(entry.shape[:-1]), entry.shape[-1]):
-                    yield self.file.rows(entry.name, rows.start, rows.stop)
+                    yield partial(self.file.rows, entry.name, rows.start, rows.stop)
                 return
-            packed = (
-                pack(artifact.quantized(layer.name, rows))
+            slices = [
+                partial(packed, layer, rows)
                 for layer in swapped[entry.name]
                 for rows in row_slices(layer.rows, layer.columns)
-            )
+            ]
             order = origins[entry.name].rows
             if order is None:
-                yield from packed
+                yield from slices
             else:
-                yield np.concatenate(list(packed))[order]
+                yield lambda: np.concatenate([part() for part in slices])[order]
 
         return data
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import IO, Any
 
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from exporters.gguf import metadata
-from exporters.gguf.container import KeyValue, TensorEntry, write
+from exporters.gguf.container import KeyValue, PartOfTensor, PartsOf, write
 from exporters.gguf.hyperparameters import hyperparameters, rope_tensors
 from exporters.gguf.layout import Slot, file_type, float_bytes, float_type_of, layout
 from exporters.gguf.names import added, interleaved, rotated_heads_of
@@ -77,12 +78,11 @@ def write_gguf(
         yield entry.name
 
 
-def tensor_data(
-    plan: ModelPlan, float_type: str, quantized: ReadQuantized, kept: ReadKept
-) -> Callable[[TensorEntry], Iterator[npt.NDArray[Any]]]:
-    """What reads and lays out one tensor of the file, in parts; `quantized` and `kept` read rows by checkpoint name.
+def tensor_data(plan: ModelPlan, float_type: str, quantized: ReadQuantized, kept: ReadKept) -> PartsOf:
+    """What reads and lays out one tensor of the file, in parts; `quantized` and `kept` read rows by checkpoint name,
+    in several threads at once.
 
-    The function raises FailedError when a kept matrix does not fit the dtype asked for.
+    A part raises FailedError when a kept matrix does not fit the dtype asked for.
     """
     slots = {slot.entry.name: slot for slot in layout(plan, float_type)}
     return lambda entry: _parts(slots[entry.name], plan, float_type, quantized, kept)
@@ -90,22 +90,26 @@ def tensor_data(
 
 def _parts(
     slot: Slot, plan: ModelPlan, float_type: str, quantized: ReadQuantized, kept: ReadKept
-) -> Iterator[npt.NDArray[Any]]:
+) -> Iterator[PartOfTensor]:
     """The tensor's data, expert by expert where it is a stack of them, and slice by slice where a matrix is large."""
     if not slot.sources:
-        yield rope_tensors(plan.architecture)[slot.entry.name]
+        yield lambda: rope_tensors(plan.architecture)[slot.entry.name]
     more = added(slot.entry.name, ARCHITECTURES[plan.architecture.family.model_type])
     heads = rotated_heads_of(slot.entry.name, plan.architecture)
     for source in slot.sources:
         count, columns = _sizes(source)
         head = count // heads if heads else 1
-        for rows in row_slices(count, columns, head):
+
+        def part(rows: range, source: LayerPlan | KeptTensor = source, head: int = head) -> npt.NDArray[Any]:
             if isinstance(source, LayerPlan):
                 data: npt.NDArray[Any] = pack(quantized(source.name, rows))
             else:
                 stored = _cast(kept(source.name, rows), source, float_type)
                 data = float_bytes(stored + more if more else stored).numpy()
-            yield interleaved(data, len(rows) // head) if heads else data
+            return interleaved(data, len(rows) // head) if heads else data
+
+        for rows in row_slices(count, columns, head):
+            yield partial(part, rows)
 
 
 def _sizes(source: LayerPlan | KeptTensor) -> tuple[int, int]:

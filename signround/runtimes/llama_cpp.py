@@ -10,12 +10,12 @@ used: `llama-perplexity` keeps log-probabilities in 16 bits, for the second half
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from signround.errors import refuse
+from signround.measure import processors
 from signround.runtimes.llama_cpp_server import ServerRuntime
 from signround.runtimes.llama_cpp_windows import WindowRuntime
 from signround.runtimes.protocol import Runtime
@@ -44,7 +44,7 @@ def open_llama_cpp(path: str | Path, threads: int | None = None, repack: bool = 
     path = Path(path)
     if not path.is_file():
         raise refuse("no such .gguf file", "check the path", str(path))
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or processors()
     for module, runtime in _BINDINGS:
         if importlib.util.find_spec(module) is not None:
             return runtime(path, count, repack)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from exporters.gguf.container import GgufFile, KeyValue, TensorEntry, file_bytes, write
+from exporters.gguf.container import GgufFile, KeyValue, PartOfTensor, TensorEntry, file_bytes, write
 
 ENTRIES = [
     KeyValue("general.architecture", "string", "llama"),
@@ -28,9 +30,17 @@ def data(entry: TensorEntry) -> np.ndarray:
     return np.random.default_rng(len(entry.name)).integers(0, 256, entry.bytes, dtype=np.uint8)
 
 
+def in_parts(entry: TensorEntry) -> Iterator[PartOfTensor]:
+    """Three parts, the first of which takes the longest to make."""
+    raw = data(entry)
+    yield lambda: (time.sleep(0.02), raw[:5])[1]
+    yield lambda: raw[5:6]
+    yield lambda: raw[6:]
+
+
 def written(path: Path) -> Path:
     with open(path, "wb") as stream:
-        assert [entry.name for entry in write(stream, ENTRIES, TENSORS, data)] == ["one", "two", "three"]
+        assert [entry.name for entry in write(stream, ENTRIES, TENSORS, in_parts)] == ["one", "two", "three"]
     return path
 
 
@@ -50,7 +60,12 @@ def test_both_readers_read_it(tmp_path: Path) -> None:
 
 def test_wrong_size_is_caught() -> None:
     with pytest.raises(ValueError, match="one: 3 bytes where 60 were announced"):
-        list(write(io.BytesIO(), [], TENSORS, lambda entry: np.zeros(3, dtype=np.uint8)))
+        list(write(io.BytesIO(), [], TENSORS, lambda entry: [lambda: np.zeros(3, dtype=np.uint8)]))
+
+
+def test_a_tensor_without_parts_is_caught() -> None:
+    with pytest.raises(ValueError, match="two: "):
+        list(write(io.BytesIO(), [], TENSORS, lambda entry: () if entry.name == "two" else in_parts(entry)))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 100, 300])

@@ -99,6 +99,7 @@ def stage_evaluate(model: Path, out: Path, which: str) -> None:
 def stage_export(out: Path, name: str) -> None:
     from signround.pipeline import export
 
+    shutil.rmtree(out / name, ignore_errors=True)  # of an earlier round: nothing is written over a folder in use
     export(out / "artifact", name, out / name)
 
 

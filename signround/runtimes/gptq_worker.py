@@ -12,6 +12,7 @@ Started by `signround.runtimes.gptq` and by the exporter's independent check; sp
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -131,6 +132,8 @@ def decode(path: Path, module: str, gptq: Mapping[str, Any]) -> Array:
         convert_gptq_v1_to_v2_format_module(kernel, bits=gptq["bits"], pack_dtype=torch.int32)
     kernel.post_init()
     weight: Array = kernel.eval().dequantize_weight().T.contiguous().numpy()
+    del kernel
+    gc.collect(1)  # a kernel holds itself: some thirty of them would be in memory before anyone collects them
     return weight
 
 

@@ -1,6 +1,6 @@
 """Our ONNX decoder against the onnxruntime-genai builder's, of the same integers: size, export, loading, speed.
 
-    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--starts 6] [--rounds 3] [--json table.json]
+    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--starts 12] [--rounds 3] [--json table.json]
 
 For each model given and for one random Llama of about 130 million weights (hidden 1024, 8 layers, 32000 tokens, tied;
 `--no-random` leaves it out) one table: ours, the builder's, and their ratio, so that more than 1 is better for us in
@@ -127,10 +127,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-random", action="store_true", help="leave the random model of 130 M weights out")
     parser.add_argument("--scheme", default="w4g32", help="of models that are not artifacts")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="of the speed, for each start; 2 to 10 s a round and model"
+        "--rounds", type=int, default=3, help="of the speed, for each start; 2 to 10 s a round and model"
     )
     parser.add_argument("--export-rounds", type=int, default=3)
-    parser.add_argument("--starts", type=int, default=6, help="of the measured processes, for each runtime")
+    parser.add_argument("--starts", type=int, default=12, help="of the measured processes, for each runtime")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the rows here")

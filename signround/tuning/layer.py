@@ -27,9 +27,9 @@ class TunedLayer:
         self.shrink_low = torch.ones_like(start.low, requires_grad=True)  # beta
 
     def ranges(self) -> tuple[Tensor, ...]:
-        """alpha and beta, where the paper has them: even levels, a scale a group, an integer zero or none. Two-level
-        scales, float minima and codebooks are best left where the search put them (docs/decisions.md)."""
-        tuned = self.grid.plain and self.grid.zero != "minimum"
+        """alpha and beta, where they gain something: even levels and one scale a group, nothing beside it. Zero points,
+        minima, two-level scales and codebooks are best left where the search put them (docs/decisions.md)."""
+        tuned = self.grid.plain and self.grid.zero == "centre"
         return (self.shrink_high, self.shrink_low) if tuned else ()
 
     def fake_quantized(self) -> Tensor:

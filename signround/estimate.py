@@ -182,7 +182,8 @@ def describe_lines(description: Mapping[str, Any]) -> list[str]:
         *(f"  skipped {name}: {reason}" for name, reason in description["skipped"].items()),
         f"{tuning['method']} on {tuning['device']} ({tuning['compute']} products): {tuning['iters']} steps a block, "
         f"batch {tuning['batch_size']}, {tuning['samples']} samples of {tuning['seqlen']} tokens, "
-        f"{tuning['held_out']} held out, from {description['calibration']['source']}",
+        f"{tuning['held_out']} held out, from {description['calibration']['source']}"
+        f"{', looking one block ahead' if tuning['lookahead'] else ''}",
         "sizes: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in description["bytes"].items()),
         "peak memory: "
         + ", ".join(f"{stage} {size / 1e9:.1f} GB" for stage, size in description["memory_bytes"].items()),

@@ -21,7 +21,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -163,8 +163,9 @@ class QuantizedCheckpoint:
     def damaged(self) -> list[str]:
         """Files whose bytes are not those of the manifest (missing ones included)."""
         files = self.manifest["files"]
-        intact = in_order(partial(_intact, self.folder / name, digest) for name, digest in files.items())
-        return [name for name, whole in zip(files, intact, strict=True) if not whole]
+        checks = (partial(_intact, self.folder / name, digest) for name, digest in files.items())
+        with closing(in_order(checks)) as intact:
+            return [name for name, whole in zip(files, intact, strict=True) if not whole]
 
     def _read(
         self, name: str, parts: list[str], rows: range | None = None, *, optional: bool = False

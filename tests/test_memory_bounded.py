@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporters.gguf import container
+from exporters.gguf import container, slices
+from signround import parallel
 from signround.artifact import QuantizedCheckpoint
 from signround.checkpoint import SourceCheckpoint
 from signround.evaluate import score
@@ -137,6 +138,17 @@ def test_rounding_without_tuning_holds_one_block(alive: Alive, tmp_path: Path) -
     model = whole_model(job.checkpoint.folder, names, job.checkpoint.read, torch.float32)  # this must be seen
     assert alive.most > 2 * most[MANY]
     del model
+
+
+def test_threads_hold_a_few_slices(alive: Alive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, values = 2, 1500
+    artifact = tune(write_job(tmp_path, 3, "rtn"))
+    monkeypatch.setattr(container, "in_order", parallel.in_order)
+    monkeypatch.setattr(parallel, "processors", lambda: threads)
+    monkeypatch.setattr(slices, "SLICE", values)
+    alive.start()
+    export(artifact, "gguf", tmp_path / "gguf")
+    assert values < alive.most <= (threads + 2) * 4 * values
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident pages of a mapping are read from /proc/self/smaps")

@@ -61,11 +61,25 @@ def test_an_error_comes_in_its_turn_and_ends_the_work() -> None:
     assert len(begun) <= 6
 
 
-def test_a_consumer_may_stop() -> None:
+def test_a_consumer_may_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs is waited for, what waits never begins, and no thread is left."""
+    monkeypatch.setattr(parallel, "processors", lambda: 1)
+    before = set(threading.enumerate())
     begun: list[int] = []
-    threads = threading.active_count()
-    results = in_order(partial(begun.append, value) for value in range(100))
+    runs, may_end = threading.Event(), threading.Event()
+
+    def job(value: int) -> None:
+        begun.append(value)
+        if value == 1:
+            runs.set()
+            may_end.wait(30)
+
+    results = in_order(partial(job, value) for value in range(100))
     next(results)
+    assert runs.wait(30)
+    timer = threading.Timer(0.2, may_end.set)  # long after the others were cancelled
+    timer.start()
     results.close()
-    assert len(begun) <= 4
-    assert threading.active_count() == threads
+    timer.join()
+    assert begun == [0, 1]
+    assert set(threading.enumerate()) <= before

@@ -23,11 +23,11 @@ def pack_bits(values: Bytes, bits: int, apart: int) -> Bytes:
     places = 8 // bits
     word = np.dtype("<u8" if apart % WORD == 0 else np.uint8)  # no bit leaves its byte: a word is bytes side by side
     low, shift = word.type(0x0101010101010101 * ((1 << bits) - 1) & np.iinfo(word).max), word.type(bits)
-    runs = np.ascontiguousarray(values).reshape(-1).view([(str(place), f"V{apart}") for place in range(places)])
+    runs = np.ascontiguousarray(values).view([(str(place), f"V{apart}") for place in range(places)])
 
     def all_of(place: int) -> Values:
         """Copied first: numpy is slow along short rows, and copies items of any size fast."""
-        found: Values = runs[str(place)].copy().view(word)
+        found: Values = runs[str(place)].copy().reshape(-1).view(word)
         found &= low
         return found
 
@@ -35,7 +35,7 @@ def pack_bits(values: Bytes, bits: int, apart: int) -> Bytes:
     for place in range(places - 2, -1, -1):
         packed <<= shift
         packed |= all_of(place)
-    return packed.view(np.uint8).reshape(len(values), -1)
+    return packed.view(np.uint8).reshape(len(values), values.shape[1] // places)
 
 
 def _pack_neighbours(values: Bytes, bits: int) -> Bytes:

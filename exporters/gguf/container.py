@@ -19,6 +19,7 @@ import itertools
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -134,16 +135,21 @@ def write(
     """Write header and tensors; yields each entry after its data. `data` gives the parts of a tensor in their order;
     those to come, of the next tensors too, are made in threads while one is written."""
     stream.write(header(entries, tensors))
-    parts = in_order(partial(_made, tensor, part) for tensor in tensors for part in data(tensor))
-    for tensor, (owner, own) in zip(tensors, itertools.groupby(parts, key=itemgetter(0)), strict=True):
-        written = 0
-        for _, raw in own:
-            stream.write(raw.data)
-            written += raw.nbytes
-        if owner != tensor or written != tensor.bytes:
-            raise ValueError(f"{tensor.name}: {written} bytes where {tensor.bytes} were announced")
-        stream.write(bytes(padded(tensor.bytes) - tensor.bytes))
-        yield tensor
+    jobs = (partial(_made, tensor, part) for tensor in tensors for part in data(tensor))
+    with closing(in_order(jobs)) as parts:
+        made = itertools.groupby(parts, key=itemgetter(0))
+        for tensor in tensors:
+            owner, own = next(made, (None, ()))
+            if owner != tensor:
+                raise ValueError(f"{tensor.name}: no parts where {tensor.bytes} bytes were announced")
+            written = 0
+            for _, raw in own:
+                stream.write(raw.data)
+                written += raw.nbytes
+            if written != tensor.bytes:
+                raise ValueError(f"{tensor.name}: {written} bytes where {tensor.bytes} were announced")
+            stream.write(bytes(padded(tensor.bytes) - tensor.bytes))
+            yield tensor
 
 
 def _made(tensor: TensorEntry, part: PartOfTensor) -> tuple[TensorEntry, npt.NDArray[Any]]:

@@ -21,7 +21,7 @@ from signround.formats import GROUPS, grid_for
 from signround.grid import Grid
 from signround.qtensor import QuantizedTensor
 
-CHUNK = 1 << 20  # weights packed at a time: large beside the cost of a call, small beside the result
+CHUNK = 1 << 20  # weights packed at a time: large beside the cost of a call, well below a slice
 
 
 @dataclass(frozen=True)

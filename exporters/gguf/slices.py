@@ -1,4 +1,5 @@
-"""Large matrices in slices of whole rows: what is in memory at a time has a bound whatever the size of a tensor.
+"""Large matrices in slices of whole rows: what is in memory at a time, a few slices (`signround/parallel.py`), has a
+bound whatever the size of a tensor. (The rows of a template that are in another order are put in order whole.)
 
 An embedding of 128256 x 4096 is half a gigabyte of codes, or one of bfloat16; read, checked and packed as a whole it
 would be there several times over. Packing knows only single rows, so the file's bytes are the same however it is cut.

@@ -1,4 +1,5 @@
-"""Write a GGUF file from a plan and two readers of tensors: sizes first, then one tensor at a time.
+"""Write a GGUF file from a plan and two readers of tensors: sizes first, then slices, made in threads
+and written in order.
 
 Packs, permutes whole rows and casts kept matrices to the dtype asked for; never rounds a quantised weight. The caller
 makes the file whole or absent.

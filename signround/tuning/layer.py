@@ -1,4 +1,4 @@
-"""One linear while it is tuned: the weight in groups, its start range, and the three tensors that learn.
+"""One linear while it is tuned: the weight in groups, its start range, and the tensors that learn.
 
 In the paper's symbols (arXiv 2309.05516): V the rounding offset, alpha and beta the shrink of each group's upper and
 lower end. The fake-quantised weight is exactly what the file will decode to, fp16 scales included.

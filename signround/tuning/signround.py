@@ -12,7 +12,7 @@ Sources: AutoRound's `sign_sgd.py` and `wrapper.py` (0.16), Neural Compressor's 
 
 Ours, in both: the best step is chosen on a fixed held-out subset (the reference compares losses of different random
 batches). `signround` may look one block ahead (`ahead.py`) and may start from a searched scale: then alpha and beta may
-also stretch it, up to 2.
+also stretch it, up to 2. They learn on symmetric grids of one level alone (`TunedLayer.ranges`).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from signround.grid import Fields, Grid, grouped, half_through, safe_reciprocal
 # fast as chunks of 2^20 to 2^22, whose pages come from the system anew each time); a GPU wants large kernels.
 CHUNK_WEIGHTS = 1 << 18
 CUDA_CHUNK_WEIGHTS = 1 << 22
+POINT_STRETCHES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 SUPER_STRETCHES = (0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
 NEIGHBOURS = {"scale": (-1, 0, 1), "minimum": (-2, -1, 0, 1, 2)}
 ROUNDS = 2
@@ -77,8 +78,11 @@ def _extremes(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _searched(grid: Grid, blocks: Tensor, importance: Tensor) -> Start:
     plain = Start(*_extremes(blocks))
-    if grid.zero == "point" or grid.power_of_two:
-        return _best(grid, blocks, importance, [plain, *_ranges(grid, plain)])
+    if grid.power_of_two:
+        neighbours = [Start(plain.low * factor, plain.high * factor) for factor in (0.5, 2.0)]
+        return _best(grid, blocks, importance, [plain, *neighbours])
+    if grid.zero == "point":
+        return _best(grid, blocks, importance, [plain, *_around_points(grid, blocks, importance, plain)])
     found = _as_start(grid, *_least_squares(grid, blocks, importance, plain))
     if grid.super_block is None:
         return _best(grid, blocks, importance, [plain, found])
@@ -103,14 +107,17 @@ def _best(grid: Grid, blocks: Tensor, importance: Tensor, candidates: list[Start
     return best
 
 
-def _ranges(grid: Grid, plain: Start) -> Iterator[Start]:
-    """For grids that least squares does not fit (an integer zero point, an exponent): shrink both ends, each at its own
-    pace; try the neighbouring powers of two."""
-    if grid.power_of_two:
-        yield from (Start(plain.low * factor, plain.high * factor) for factor in (0.5, 2.0))
-    else:
-        steps = torch.linspace(0.5, 1.0, 11).tolist()
-        yield from (Start(plain.low * below, plain.high * above) for below, above in product(steps, steps))
+def _around_points(grid: Grid, blocks: Tensor, importance: Tensor, plain: Start) -> Iterator[Start]:
+    """For an integer zero point: both ends stretched, each at its own pace; and each such range again with the scale
+    refitted to the codes and the zero point that it gives."""
+    for below, above in product(POINT_STRETCHES, POINT_STRETCHES):
+        stretched = Start(plain.low * below, plain.high * above)
+        yield stretched
+        fields = stretched.fields(grid)
+        zero = fields["zero_point"]
+        units = grid.codes(blocks, fields) - zero.unsqueeze(-1)
+        scale, _ = _refit(units, blocks, importance, with_minimum=False)
+        yield Start(-zero * scale, (grid.code_max - zero) * scale)
 
 
 def _as_start(grid: Grid, scale: Tensor, minimum: Tensor | None) -> Start:

@@ -58,6 +58,13 @@ def test_gradients_are_finite_and_reach_everything(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRIDS)
+def test_ranges_learn_beside_nothing_else(name: str) -> None:
+    """On symmetric grids of one level: all of these names, and no other."""
+    symmetric = (name.startswith("w") and "asym" not in name) or name in ("q2_0", "q4_0", "q5_0", "q8_0")
+    assert len(layer_of(GRIDS[name]).ranges()) == (2 if symmetric else 0)
+
+
+@pytest.mark.parametrize("name", GRIDS)
 def test_a_fresh_layer_is_plain_rounding(name: str) -> None:
     weight = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
     grid = GRIDS[name]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from exporters.gguf.container import GgufFile, KeyValue, PartOfTensor, TensorEntry, file_bytes, write
+from exporters.gguf.container import GgufFile, KeyValue, PartOfTensor, TensorEntry, file_bytes, header, write
 
 ENTRIES = [
     KeyValue("general.architecture", "string", "llama"),
@@ -63,9 +66,27 @@ def test_wrong_size_is_caught() -> None:
         list(write(io.BytesIO(), [], TENSORS, lambda entry: [lambda: np.zeros(3, dtype=np.uint8)]))
 
 
-def test_a_tensor_without_parts_is_caught() -> None:
-    with pytest.raises(ValueError, match="two: "):
-        list(write(io.BytesIO(), [], TENSORS, lambda entry: () if entry.name == "two" else in_parts(entry)))
+@pytest.mark.parametrize("name", ["one", "two", "three"])
+def test_a_tensor_without_parts_is_caught(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: no parts"):
+        list(write(io.BytesIO(), [], TENSORS, lambda entry: () if entry.name == name else in_parts(entry)))
+
+
+def test_no_thread_outlives_a_write_that_fails() -> None:
+    """Though the error, and with it the frame that was writing, is kept."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > len(header(ENTRIES, TENSORS)):
+                raise OSError(errno.ENOSPC, "full")
+            return super().write(data)
+
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="full") as kept:
+        for _ in write(Full(), ENTRIES, TENSORS, in_parts):
+            pass
+    assert kept.value.__traceback__ is not None
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 100, 300])

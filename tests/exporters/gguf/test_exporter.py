@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +221,24 @@ def test_overflow_of_f16_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FailedError, match=r"model\.embed_tokens\.weight: holds values beyond the range of f16"):
         GgufExporter(float_type="f16").export(artifact, tmp_path / "out", silent)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = made(CASES[0], tmp_path)
+    target = GgufExporter().export(artifact, tmp_path / "out", silent).target
+    old = target.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > len(old) // 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data) or 0
+
+    monkeypatch.setattr("exporters.gguf.exporter.open", Full, raising=False)
+    with pytest.raises(FailedError, match="the disk is full"):
+        GgufExporter().export(artifact, tmp_path / "out", silent)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [target.name]
+    assert target.read_bytes() == old
 
 
 def test_a_failing_export_leaves_the_old_file(tmp_path: Path) -> None:

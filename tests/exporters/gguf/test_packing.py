@@ -10,6 +10,7 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exporters.gguf import packing
 from exporters.gguf.bits import pack_bits, unpack_bits
 from exporters.gguf.packing import BLOCK_TYPES, BlockType, block_type_for, obstacle, pack, unpack
 from signround.formats import grid_for
@@ -167,6 +168,32 @@ def test_other_grids_are_named_not_approximated(grid: Grid, columns: int, words:
     assert words in reason[0]
     with pytest.raises(ValueError, match=words):
         block_type_for(grid, columns)
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "q5_1", "q6_k"])
+def test_packing_in_chunks(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk is shorter."""
+    grid, random = grid_for(scheme), np.random.default_rng(0)
+    fields = {
+        name: torch.ones(shape, dtype=dtype) if dtype.is_floating_point else torch.full(shape, 3, dtype=dtype)
+        for name, (shape, dtype) in grid.layout(5, 768).items()
+    }
+    codes = torch.from_numpy(random.integers(0, 1 << grid.bits, (5, 768), dtype=np.uint8))
+    tensor = QuantizedTensor(grid, codes, fields)
+    monkeypatch.setattr(packing, "CHUNK", 1024)
+    assert np.array_equal(pack(tensor), gguf_blocks.pack(tensor, GRIDS[scheme].lower()))
+
+
+@pytest.mark.parametrize(("bits", "apart"), [(4, 32), (2, 1), (1, 3)])
+def test_packing_bits_leaves_the_values_alone(bits: int, apart: int) -> None:
+    values = np.random.default_rng(1).integers(0, 256, (4, 8 // bits * apart * 2), dtype=np.uint8)
+    values.flags.writeable = False
+    assert np.array_equal(unpack_bits(pack_bits(values, bits, apart), bits, apart), values & ((1 << bits) - 1))
+
+
+def test_a_run_never_crosses_rows() -> None:
+    with pytest.raises(ValueError, match="divi"):
+        pack_bits(np.zeros((2, 16), dtype=np.uint8), 4, 16)
 
 
 def test_scales_that_differ_within_a_group_are_not_collapsed() -> None:

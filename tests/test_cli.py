@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,36 @@ def test_a_lost_interrupt_comes_back_with_the_next_event() -> None:
             ProgressDisplay()(Notice("anything"))
     finally:
         progress.INTERRUPTED.clear()
+
+
+def stopped_in_native_code(**_: Any) -> None:
+    """What an interrupt within a callback of C code may become."""
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+
+def test_an_interrupt_that_became_another_error_is_an_interrupt(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "app", stopped_in_native_code)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main([])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        progress.INTERRUPTED.clear()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "signround: interrupted; finished blocks are kept, run the same command again to continue.\n"
+    )
+
+
+def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main([])

@@ -301,46 +301,46 @@ def _options(
     return options
 
 
-def _watch_interrupts() -> threading.Event:
-    """Ctrl-C raises KeyboardInterrupt, as ever, and is remembered for the next event, should the exception be lost."""
-    from signround.cli import progress
+class _Interrupts:
+    """Ctrl-C raises KeyboardInterrupt, as ever, and is remembered: for the next event, should the exception be lost,
+    and for the end, should native code make an error of its own of it."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        progress.INTERRUPTED.set()
+    def __enter__(self) -> None:
+        from signround.cli import progress
+
+        self._remembered = progress.INTERRUPTED
+        self._remembered.clear()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and self._remembered.is_set():
+            raise KeyboardInterrupt from error
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._remembered.set()
         signal.default_int_handler(number, frame)
-
-    progress.INTERRUPTED.clear()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
-    return progress.INTERRUPTED
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `signround` command."""
+    from signround.cli.output import print_error
+
     _quiet_libraries()
-    remembered = _watch_interrupts()
     try:
-        code: Any = app(args=arguments, prog_name="signround", standalone_mode=False)
+        with _Interrupts():
+            code: Any = app(args=arguments, prog_name="signround", standalone_mode=False)
+    except SignroundError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except _UsageError as error:
+        print_error(_usage_refusal(error.format_message(), arguments))
+        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_interrupted())
-    except Exception as error:
-        if remembered.is_set():  # native code that was interrupted makes some error of its own of it
-            sys.exit(_interrupted())
-        if not isinstance(error, (SignroundError, _UsageError)):
-            raise
-        sys.exit(_reported(error, arguments))
     if code == INTERRUPTED:
         sys.exit(_interrupted())
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _reported(error: Any, arguments: list[str] | None) -> int:
-    """The exit code for an error that users may meet, after its sentence is printed."""
-    from signround.cli.output import print_error
-
-    ours = error if isinstance(error, SignroundError) else _usage_refusal(error.format_message(), arguments)
-    print_error(ours)
-    return ours.exit_code
 
 
 def _usage_refusal(message: str, arguments: list[str] | None) -> RefusedError:

@@ -40,8 +40,18 @@ class RefusedError(SignroundError):
         super().__init__("\n".join(refusal.sentence() for refusal in self.refusals))
 
 
+class UnavailableError(RefusedError):
+    """Nothing that is installed can read or run a file, which says nothing about the file. Any other refusal of a file
+    that is being verified is about the file."""
+
+
 class FailedError(SignroundError):
     """The work was started and failed; what was committed stays. The message is one sentence with the next step."""
+
+
+def unavailable(problem: str, next_step: str, subject: str = "") -> UnavailableError:
+    """As `refuse`, of a reader or runtime that is missing or does not know such files."""
+    return UnavailableError(Refusal(problem, next_step, subject))
 
 
 def refuse(problem: str, next_step: str, subject: str = "") -> RefusedError:

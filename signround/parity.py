@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 
 from signround.artifact import QuantizedCheckpoint
-from signround.errors import FailedError, RefusedError
+from signround.errors import FailedError, UnavailableError
 from signround.evaluate import Score, score, spread
 from signround.events import Listener, Notice, silent
-from signround.exporting import ExportedModel, Exporter
+from signround.exporting import ExportedModel, Exporter, ForeignFiles
 from signround.plan import ModelPlan
 from signround.runtimes.protocol import Runtime, Speed
 from signround.runtimes.speed import fitting
@@ -135,21 +135,28 @@ class LogitParity:
 @dataclass(frozen=True)
 class Parity:
     """The verdict on one exported model. `logits` is the runtime as shipped; `exact_logits` the same runtime without
-    its own activation rounding, where it has such a mode; both are None when no runtime is known for the format."""
+    its own activation rounding, where it has such a mode; both are None when no runtime is known for the format.
+    `problems`: what `signround inspect` finds wrong with the files, where the format can tell."""
 
     weights: WeightParity
     logits: LogitParity | None
     exact_logits: LogitParity | None
+    problems: tuple[str, ...] = ()
 
     @property
     def only_activations_failed(self) -> bool:
         """The file is the tuned model, and still the runtime as shipped is farther from it than it should be."""
         exact = self.exact_logits is not None and self.exact_logits.passed
-        return self.weights.passed and exact and self.logits is not None and not self.logits.reached_aim
+        return self._file_passed and exact and self.logits is not None and not self.logits.reached_aim
 
     @property
     def passed(self) -> bool:
-        return self.weights.passed and all(run.passed for run in (self.logits, self.exact_logits) if run is not None)
+        runs = (run for run in (self.logits, self.exact_logits) if run is not None)
+        return self._file_passed and all(run.passed for run in runs)
+
+    @property
+    def _file_passed(self) -> bool:
+        return self.weights.passed and not self.problems
 
 
 def verify(
@@ -161,9 +168,11 @@ def verify(
 ) -> Parity:
     """Judge written files against the artifact. `windows` int64 [count, tokens] feed the runtimes."""
     weights = compare_weights(artifact, exporter, exported, on_event)
+    found = exporter.inspected(exported.target)["problems"] if isinstance(exporter, ForeignFiles) else ()
+    problems = tuple(found)
     if not weights.comparable:
         on_event(Notice(f"{exported.format}: the tensors are not those of the artifact, logits were not compared"))
-        return Parity(weights, None, None)
+        return Parity(weights, None, None, problems)
     runs: dict[str, LogitParity] = {}
     with ExitStack() as at_end:
         workers = _Workers(at_end)
@@ -175,11 +184,11 @@ def verify(
                     if label == "shipped":
                         speed = measured_speed(artifact, runtime, exported.format, on_event)
                         runs[label] = replace(runs[label], speed=speed)
-            except RefusedError as missing:
+            except UnavailableError as missing:
                 on_event(Notice(f"{exported.format}: logits were not compared, {missing}"))
     if exported.format not in _RUNS:
         on_event(Notice(f"{exported.format}: no runtime is known for this format, only its weights were compared"))
-    return Parity(weights, runs.get("shipped"), runs.get("exact"))
+    return Parity(weights, runs.get("shipped"), runs.get("exact"), problems)
 
 
 def gates_of(plan: ModelPlan, exported: ExportedModel, label: str, usual: Gate) -> tuple[Gate, Gate | None]:
@@ -213,7 +222,7 @@ def compare_weights(
     try:
         decoded = exporter.decode_independently(exported)
         return _compared(artifact, exported, decoded, "independent")
-    except RefusedError as missing:
+    except UnavailableError as missing:
         on_event(Notice(f"{exported.format}: weights were read by our own parser only, {missing}"))
     own = ((name, tensor.decode()) for name, tensor in exporter.read_back(exported))
     quantized_only = _compared(artifact, exported, own, "own parser")
@@ -333,7 +342,7 @@ def _gptq_exact(folder: Path, workers: _Workers) -> Iterator[Runtime]:
 
     try:
         runtime: Runtime = open_gptq(folder, exact_products=True, child=workers.gptq)
-    except RefusedError:
+    except UnavailableError:
         with (
             tempfile.TemporaryDirectory() as workdir,
             _closing(open_gptq_through_builder(folder, Path(workdir))) as built,

@@ -158,6 +158,7 @@ def parity_json(parity: Parity) -> dict[str, Any]:
         },
         "logits": _logits_json(parity.logits),
         "exact_logits": _logits_json(parity.exact_logits),
+        "problems": list(parity.problems),
         "speed": _speed_json(parity.logits.speed) if parity.logits else None,
         "passed": parity.passed,
     }
@@ -175,6 +176,7 @@ def parity_lines(parity: Parity) -> list[str]:
                 f"{label}: {run.runtime}, {run.tokens:,} positions: mean KL {run.score.mean_kl:.2e}, top-1 "
                 f"{run.score.top1_agreement:.2%}, relative error {run.score.relative_error:.2e}: " + _verdict_text(run)
             )
+    lines += [f"problem: {problem}" for problem in parity.problems]
     speed = parity.logits.speed if parity.logits else None
     if speed is not None:
         lines.append(

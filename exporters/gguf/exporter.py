@@ -29,7 +29,7 @@ from exporters.gguf.splits import Part, size_in_bytes, split_problem
 from exporters.gguf.template import Template
 from exporters.gguf.writer import UNKNOWN
 from signround.artifact import QuantizedCheckpoint
-from signround.errors import FailedError, Refusal, RefusedError, refuse
+from signround.errors import FailedError, Refusal, UnavailableError, refuse
 from signround.events import Listener, StageAdvanced, StageStarted
 from signround.exporting import ExportedModel, missing_packages
 from signround.files import PARTIAL, files_written_whole
@@ -153,11 +153,11 @@ class GgufExporter:
                     raise FailedError(f"{file.path}: {name} is damaged ({error}); export it again.") from error
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
-        """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises RefusedError without it, and
-        for a type that came after it (Q2_0)."""
+        """Decode every tensor with gguf-py (the reader of the llama.cpp project). Raises UnavailableError without
+        it, and for a type that came after it (Q2_0)."""
         refusals = missing_packages(("gguf",), "gguf", "gguf")
         if refusals:
-            raise RefusedError(refusals)
+            raise UnavailableError(refusals)
         tensors, values = independent_tensors(exported.files), _parsed(exported.target).values
         if ORIGINS in values:
             yield from decoded(values, tensors)

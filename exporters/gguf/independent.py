@@ -18,7 +18,7 @@ import numpy.typing as npt
 from exporters.gguf.container import GgufFile
 from exporters.gguf.layout import TYPE_BYTES
 from exporters.gguf.packing import BLOCK_TYPES
-from signround.errors import refuse
+from signround.errors import unavailable
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -54,7 +54,8 @@ class IndependentTensor:
 
 
 def independent_tensors(paths: Sequence[Path]) -> dict[str, IndependentTensor]:
-    """GGUF name -> tensor, over the parts of one model. Raises RefusedError for a type that gguf-py does not know."""
+    """GGUF name -> tensor, over the parts of one model. Raises UnavailableError for a type that gguf-py does not
+    know."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     known = {kind.value for kind in GGMLQuantizationType}
@@ -62,5 +63,5 @@ def independent_tensors(paths: Sequence[Path]) -> dict[str, IndependentTensor]:
     unknown = [kind.name for kind in BLOCK_TYPES if kind.code in used - known]
     if unknown:
         problem = f"the installed gguf-py does not know {', '.join(unknown)}"
-        raise refuse(problem, "update the gguf package once a release does", str(paths[0]))
+        raise unavailable(problem, "update the gguf package once a release does", str(paths[0]))
     return {tensor.name: IndependentTensor(path, tensor) for path in paths for tensor in GGUFReader(path).tensors}

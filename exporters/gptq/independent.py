@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from signround.errors import refuse
+from signround.errors import unavailable
 from signround.exporting import ExportedModel
 from signround.runtimes.gptq import (
     BUILDER_BITS,
@@ -34,14 +34,14 @@ WEIGHT = ".weight"
 
 
 def decoded_by_other_reader(exported: ExportedModel, gptq: GptqFormat) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, float32). Raises RefusedError that names the extra to install when no reader is there."""
+    """(checkpoint name, float32). Raises UnavailableError that names the extra to install when no reader is there."""
     if all(find_spec(name) for name in LOADERS):
         return decoded_by_gptqmodel(exported, gptq)
     family = json.loads((exported.target / "config.json").read_text())["model_type"]
     known = gptq.bits in BUILDER_BITS and gptq.checkpoint_format == V1 and family in BUILDER_FAMILIES
     if known and all(find_spec(name) for name in BUILDER_LOADERS):
         return decoded_by_builder(exported)
-    raise refuse(
+    raise unavailable(
         f"no independent reader of {gptq.bits}-bit {gptq.checkpoint_format} files of {family} models is installed",
         "install one with `pip install signround[gptq]`",
         "gptq",

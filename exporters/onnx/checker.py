@@ -32,7 +32,8 @@ OLDEST_OPSET = {"Attention": 23, "RotaryEmbedding": 23, "RMSNormalization": 23} 
 def problems_of(model: ir.Model, folder: Path, *, values: bool = False) -> list[str]:
     """Every defect found in a loaded graph whose external data lies in `folder`; empty when it is sound. With
     `values`, scales are read (one tensor at a time) and must be finite."""
-    problems = [*_versions(model), *_names(model), *_undefined(model), *_external_data(model, folder)]
+    problems = [*_emptiness(model), *_versions(model), *_names(model), *_undefined(model)]
+    problems += _external_data(model, folder)
     for node in model.graph:
         rule = RULES.get(node.op_type)
         if rule is not None:
@@ -40,6 +41,12 @@ def problems_of(model: ir.Model, folder: Path, *, values: bool = False) -> list[
     if values and not problems:
         problems += not_finite(model)
     return problems
+
+
+def _emptiness(model: ir.Model) -> Iterator[str]:
+    """A file of no bytes is a valid protobuf message."""
+    if not model.graph.outputs:
+        yield "the graph has no outputs; the file is empty or damaged"
 
 
 def _versions(model: ir.Model) -> Iterator[str]:
@@ -102,6 +109,8 @@ def _external_data(model: ir.Model, folder: Path) -> Iterator[str]:
                 yield f"{name}: the data ends beyond {location}"
             elif tensor.length is not None and tensor.length != tensor.nbytes:
                 yield f"{name}: {tensor.length} bytes of data for a tensor of {tensor.nbytes}"
+            elif tensor.length is None and start + tensor.nbytes != size:
+                yield f"{name}: its data has no length, and is not the rest of {location}"
             elif tensor.nbytes:
                 regions[location].append((start, start + tensor.nbytes, name))
     for location, found in regions.items():

@@ -3,12 +3,14 @@
 Two constants may share their bytes in a file, which onnx_ir's own `save` would write twice. onnxruntime maps every
 external tensor by itself, so a table with two users, one of which repacks it while the model is loaded, costs memory
 once: the repacked copy. What the other one reads are pages of the file.
+The graph's metadata keeps the SHA-256 of each file (DATA_KEY): whoever holds the folder alone can tell a damaged copy.
 Knows nothing of models. Refuses (FailedError) more data files than a reader would open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +19,12 @@ import numpy as np
 from exporters.onnx.builder import View
 from exporters.onnx.layouts import MOST_CHUNKS, Places
 from signround.errors import FailedError
+from signround.files import canonical_json, sha256_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+DATA_KEY = "signround.data"  # model metadata: JSON, data file -> hex SHA-256; absent in files of earlier versions
 INLINE_BYTES = 1024  # shape constants must stay in the graph: onnxruntime does not load them from outside
 
 
@@ -53,6 +57,7 @@ def save_chunks(
         done += 1
         on_tensor(done, len(tensors), tensor.name or "")
 
+    hashes = {}
     for chunk in sorted(set(chunks)):
         members = [pair for pair, place in zip(tensors, chunks, strict=True) if place == chunk]
         written = ir.external_data.convert_tensors_to_external(
@@ -60,6 +65,8 @@ def save_chunks(
         )
         for (value, _), tensor in zip(members, written, strict=True):
             value.const_value = tensor
+        hashes[places.data_file(chunk)] = sha256_of(graph.parent / places.data_file(chunk))
+    model.metadata_props[DATA_KEY] = canonical_json(hashes)
     for view in views:
         view.value.const_value = _seen_as(view)
         model.graph.register_initializer(view.value)
@@ -68,6 +75,13 @@ def save_chunks(
         if isinstance(lazy, ir.LazyTensor):
             value.const_value = ir.Tensor(lazy.numpy(), dtype=lazy.dtype, name=lazy.name)
     ir.save(model, graph)
+
+
+def changed_files(model: ir.Model, folder: Path) -> Iterator[str]:
+    """Data files in `folder` whose bytes are not those that were written; all of them are read."""
+    for name, digest in json.loads(model.metadata_props.get(DATA_KEY, "{}")).items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            yield f"{name}: its bytes are not those that were written"
 
 
 def _outside(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:

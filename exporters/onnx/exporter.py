@@ -34,7 +34,7 @@ from exporters.onnx.metadata import model_metadata
 from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of, has_float_kernel
 from exporters.onnx.packing import refusal_of as grid_refusal
 from exporters.onnx.parts import norm_addend
-from exporters.onnx.reader import ADDED_KEY, DTYPE_KEY, added_to, decode_all, load_graph, read_quantized
+from exporters.onnx.reader import ADDED_KEY, DTYPE_KEY, added_to, decode_all, load_graph, read_quantized, unlabelled
 from exporters.onnx.rope import positions_of, rotary_tables
 from signround.artifact import QuantizedCheckpoint
 from signround.errors import FailedError, Refusal, RefusedError, refuse
@@ -231,7 +231,7 @@ class OnnxExporter:
     def opened(self, target: Path) -> ExportedModel:
         """See `Exporter.opened`."""
         model = load_graph(target)
-        problems = problems_of(model, find_graph(target).parent)
+        problems = [*problems_of(model, find_graph(target).parent), *unlabelled(model)]
         if problems:
             raise refuse(f"the graph is not sound ({problems[0]})", "export the artifact again", str(target))
         files = tuple(sorted(path for path in target.rglob("*") if path.is_file()))

@@ -1,6 +1,6 @@
 """What a graph is made of, ours or not: versions, quantised operators by kind, what the checker says.
 
-Reads no weights but scales. Refuses files that are no graph.
+Reads scales, and our own data files whole, for their hashes. Refuses files that are no graph.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.onnx.checker import problems_of
+from exporters.onnx.data_files import changed_files
+from exporters.onnx.folder_rules import folder_problems
 from exporters.onnx.node_rules import constant_of
-from exporters.onnx.reader import SCHEME_KEY, load_any
+from exporters.onnx.reader import SCHEME_KEY, load_any, unlabelled
 from signround.runtimes.onnx_files import find_graph
 
 if TYPE_CHECKING:
@@ -36,9 +38,13 @@ def inspected(folder: Path) -> dict[str, Any]:
         "nodes": len(model.graph),
         "metadata": dict(model.metadata_props),
     }
+    ours = SCHEME_KEY in model.metadata_props
+    problems = [*problems_of(model, path.parent, values=True), *folder_problems(model, path, folder, ours=ours)]
+    if ours:
+        problems += [*unlabelled(model), *changed_files(model, path.parent)]
     return {
-        "ours": SCHEME_KEY in model.metadata_props,
-        "problems": problems_of(model, path.parent, values=True),
+        "ours": ours,
+        "problems": problems,
         "graph": graph,
         "operators": operators,
         "content": _lines(graph, operators),

@@ -1,4 +1,4 @@
-"""What the quantised operators must look like: MatMulNBits, GatherBlockQuantized and DequantizeLinear in blocks.
+"""What operators must look like: MatMulNBits, GatherBlockQuantized and DequantizeLinear in blocks, and attention.
 
 One function an operator gives the problems of a node, as text. They know what onnxruntime's CPU kernels take (measured,
 1.31), which is less than the schemas allow; 1-D scales, as other exporters write them, pass.
@@ -166,11 +166,23 @@ def _too_new(node: ir.Node, dtype: str) -> Iterator[str]:
         yield f"{dtype} needs opset {OLDEST_OPSET[dtype]}, the graph has {opset}"
 
 
+def group_query_attention(node: ir.Node) -> Iterator[str]:
+    """com.microsoft::GroupQueryAttention: its heads are those of the cache that it is given."""
+    heads, kv_heads = _integer(node, "num_heads", 0), _integer(node, "kv_num_heads", 0)
+    if not heads or not kv_heads or heads % kv_heads:
+        yield f"num_heads {heads} must be a multiple of kv_num_heads {kv_heads}"
+    past = node.inputs[3] if _is_given(node, 3) else None
+    shape = None if past is None else past.shape
+    if shape is not None and len(shape) == 4 and isinstance(shape[1], int) and shape[1] != kv_heads:
+        yield f"kv_num_heads {kv_heads}, the cache has {shape[1]}"
+
+
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "MatMulNBits": matmul_nbits,
         "GatherBlockQuantized": gather_block_quantized,
         "DequantizeLinear": dequantize_linear,
+        "GroupQueryAttention": group_query_attention,
     }
 )
 

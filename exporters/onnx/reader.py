@@ -36,6 +36,7 @@ ADDED_KEY = "signround.added_to_norms"  # model metadata: what the file adds to 
 DTYPE_KEY = "signround.dtype"  # model metadata: what the graph computes in; absent in files of earlier versions
 KEPT_SUFFIXES = (".weight", ".bias")  # kept tensors keep their checkpoint name
 PRODUCT, GATHER = "MatMulNBits", "GatherBlockQuantized"
+LABELS = {WEIGHTS_KEY, GRID_KEY}  # metadata of each node that holds weights
 PLACES = {PRODUCT: (1, 2, 3), GATHER: (0, 2, 3)}  # which inputs are codes, scales, zero points
 DEQUANTIZE_PLACES = (0, 1, 2)
 GATHERED_WEIGHTS = 1 << 24  # of an embedding that are looked up at once
@@ -57,7 +58,7 @@ def load_any(folder: Path) -> ir.Model:
     path = find_graph(folder)
     try:
         return ir.load(path)
-    except (DecodeError, ValueError, OSError) as error:
+    except (DecodeError, ir.serde.SerdeError, ValueError, OSError) as error:
         raise refuse(f"{path.name} is damaged", "export the artifact again", str(folder)) from error
 
 
@@ -71,6 +72,13 @@ def load_graph(folder: Path) -> ir.Model:
             str(folder),
         )
     return model
+
+
+def unlabelled(model: ir.Model) -> Iterator[str]:
+    """Quantised nodes of a graph of ours that do not say which weights they hold."""
+    for node in model.graph:
+        if (node.op_type in (PRODUCT, GATHER) or is_weight(node)) and LABELS - node.metadata_props.keys():
+            yield f"{node.name}: it does not say which weights it holds; another tool rewrote the graph"
 
 
 def added_to(model: ir.Model) -> dict[str, float]:

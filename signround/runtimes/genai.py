@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from signround.errors import FailedError, refuse
+from signround.errors import FailedError, refuse, unavailable
 from signround.runtimes.protocol import Speed
 from signround.runtimes.speed import any_tokens, best_speed
 
@@ -25,12 +25,12 @@ CONFIG = "genai_config.json"
 
 
 def open_genai(folder: Path) -> GenaiRuntime:
-    """Load `folder`. Raises RefusedError when the package or genai_config.json is missing, FailedError when
-    onnxruntime-genai cannot load the model."""
+    """Load `folder`. Raises UnavailableError without the package, RefusedError without genai_config.json, FailedError
+    when onnxruntime-genai cannot load the model."""
     try:
         import onnxruntime_genai
     except ImportError as error:
-        raise refuse(
+        raise unavailable(
             "the package onnxruntime-genai is not installed", "run `pip install 'signround[genai]'`", "onnx"
         ) from error
     if not (folder / CONFIG).is_file():

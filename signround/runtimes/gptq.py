@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from signround.errors import refuse
+from signround.errors import unavailable
 from signround.runtimes.gptq_child import Child
 from signround.runtimes.protocol import Speed
 
@@ -67,7 +67,10 @@ class GptqRuntime:
 
 
 def start_gptq_child() -> Child:
-    """A worker that several `open_gptq` calls can share (imports take 8 s). Raises RefusedError without the extra."""
+    """A worker that several `open_gptq` calls can share (imports take 8 s).
+
+    Raises UnavailableError without the extra.
+    """
     _need(LOADERS, "gptq")
     return Child(WORKER, "the GPTQ loader (transformers + optimum + gptqmodel)")
 
@@ -79,7 +82,7 @@ def open_gptq(folder: Path, *, exact_products: bool = False, child: Child | None
     logits' norm; it also keeps biases in fp16. `exact_products` widens the scales to float32 after loading and changes
     nothing else; then the logits are those of the decoded weights but for the order of sums.
 
-    Raises RefusedError without the extra, FailedError when loading fails or a tensor is missing, unexpected or of
+    Raises UnavailableError without the extra, FailedError when loading fails or a tensor is missing, unexpected or of
     another shape.
     """
     worker = child or start_gptq_child()
@@ -126,7 +129,7 @@ class BuilderRuntime:
 
 
 def start_builder_child() -> Child:
-    """A worker that several `open_gptq_through_builder` calls can share. Raises RefusedError without the extras."""
+    """A worker that several `open_gptq_through_builder` calls can share. Raises UnavailableError without the extras."""
     _need(BUILDER_LOADERS, "genai,onnx")
     return Child(BUILDER, "the onnxruntime-genai builder")
 
@@ -134,8 +137,8 @@ def start_builder_child() -> Child:
 def open_gptq_through_builder(folder: Path, workdir: Path, *, child: Child | None = None) -> BuilderRuntime:
     """Convert a GPTQ folder with the onnxruntime-genai builder into `workdir` and run it in onnxruntime.
 
-    Raises RefusedError for 3 bits (the builder has none), for gptq_v2 (it reads that as v1, with wrong logits and no
-    error), for blocks that onnxruntime does not know, and for other families than BUILDER_FAMILIES.
+    Raises UnavailableError for 3 bits (the builder has none), for gptq_v2 (it reads that as v1, with wrong logits and
+    no error), for blocks that onnxruntime does not know, and for other families than BUILDER_FAMILIES.
     """
     config = json.loads((folder / "config.json").read_text())
     _refuse_for_builder(config, folder)
@@ -149,7 +152,7 @@ def open_gptq_through_builder(folder: Path, workdir: Path, *, child: Child | Non
 
 def _refuse_for_builder(config: Mapping[str, Any], folder: Path) -> None:
     if config["model_type"] not in BUILDER_FAMILIES:
-        raise refuse(
+        raise unavailable(
             f"the onnxruntime-genai builder is asked for {', '.join(BUILDER_FAMILIES)} models, this is a "
             f"{config['model_type']!r}",
             "verify it through transformers + optimum + gptqmodel (`pip install 'signround[gptq]'`)",
@@ -163,7 +166,7 @@ def _refuse_for_builder(config: Mapping[str, Any], folder: Path) -> None:
     blocks = rows if gptq["group_size"] == -1 else {gptq["group_size"]}
     if gptq["bits"] in BUILDER_BITS and version_read == "gptq" and blocks <= ONNX_BLOCKS:
         return
-    raise refuse(
+    raise unavailable(
         "the onnxruntime-genai builder reads 2, 4 and 8 bits in GPTQ v1 in blocks of 16, 32, 64, 128 or 256, "
         f"the folder holds {gptq['bits']}-bit {version_read} in blocks of {', '.join(map(str, sorted(blocks)))}",
         "verify it through transformers + optimum + gptqmodel (`pip install 'signround[gptq]'`)",
@@ -179,7 +182,7 @@ def _batches(windows: Tensor) -> Sequence[Tensor]:
 def _need(modules: Sequence[str], extra: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise refuse(
+        raise unavailable(
             f"running GPTQ files needs {', '.join(missing)}, which is not installed",
             f"pip install 'signround[{extra}]'",
             "gptq",

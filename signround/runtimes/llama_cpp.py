@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from signround.errors import refuse
+from signround.errors import refuse, unavailable
 from signround.measure import processors
 from signround.runtimes.llama_cpp_server import ServerRuntime
 from signround.runtimes.llama_cpp_windows import WindowRuntime
@@ -39,7 +39,8 @@ _BINDINGS: tuple[tuple[str, Callable[[Path, int, bool], LlamaCpp]], ...] = (
 def open_llama_cpp(path: str | Path, threads: int | None = None, repack: bool = True) -> LlamaCpp:
     """Load a .gguf file with the best binding that is installed. `repack=False` runs the plain kernels.
 
-    Raises RefusedError when there is no such file or no binding, FailedError when llama.cpp cannot load the file.
+    Raises RefusedError when there is no such file, UnavailableError without a binding, FailedError when
+    llama.cpp cannot load the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,7 +49,7 @@ def open_llama_cpp(path: str | Path, threads: int | None = None, repack: bool = 
     for module, runtime in _BINDINGS:
         if importlib.util.find_spec(module) is not None:
             return runtime(path, count, repack)
-    raise refuse(
+    raise unavailable(
         "running a .gguf file needs llama.cpp, and neither llama-cpp-python nor xllamacpp is installed",
         "pip install 'signround[llama-cpp]' (prebuilt) or 'signround[llama-cpp-python]' (compiles, faster to evaluate)",
         str(path),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from signround.errors import FailedError, refuse
+from signround.errors import FailedError, refuse, unavailable
 from signround.runtimes.onnx_files import data_problem, find_graph
 from signround.runtimes.protocol import Speed
 from signround.runtimes.speed import any_tokens, best_speed
@@ -43,13 +43,14 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 def open_onnxruntime(folder: Path, accuracy_level: int | None = None, threads: int = 0) -> OnnxRuntime:
     """Load `folder`; `accuracy_level` None runs the file as it is, `threads` 0 leaves the number to onnxruntime.
 
-    Raises RefusedError when the package or the file is missing, FailedError when onnxruntime cannot load the model.
+    Raises UnavailableError without the package, RefusedError when a file is missing or no decoder, FailedError when
+    onnxruntime cannot load the model.
     """
     try:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise refuse(
+        raise unavailable(
             "the package onnxruntime is not installed", "run `pip install 'signround[onnx]'`", "onnx"
         ) from error
     from google.protobuf.message import DecodeError

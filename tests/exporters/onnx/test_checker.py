@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:
     """A copy to break."""
-    for name in ("model.onnx", "model.onnx.data", "config.json"):
-        (tmp_path / name).write_bytes((exported / name).read_bytes())
-    return tmp_path
+    return Path(shutil.copytree(exported, tmp_path / "onnx"))
 
 
 def node_of(model: Any, kind: str = "MatMulNBits") -> Any:
@@ -166,6 +165,8 @@ BROKEN: list[tuple[Mutation, str]] = [
     (attribute("block_size", 512), "blocks of 512"),
     (attribute("accuracy_level", 9), "accuracy_level 9; 0 to 4 exist"),
     (attribute("N", 31), "input 1 must have shape"),
+    (attribute("kv_num_heads", 1, "GroupQueryAttention"), "kv_num_heads 1, the cache has 2"),
+    (attribute("num_heads", 3, "GroupQueryAttention"), "num_heads 3 must be a multiple of kv_num_heads 2"),
     (attribute("K", 4096), "input 2 must have shape"),
     (without("accuracy_level"), "attribute accuracy_level is missing"),
     (without("bits"), "attribute bits is missing"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from signround import parity
 from signround.artifact import QuantizedCheckpoint
-from signround.errors import refuse
+from signround.errors import unavailable
 from signround.evaluate import Score
 from signround.events import Event, Notice
 from signround.exporting import ExportedModel
@@ -54,7 +54,7 @@ class Altered:
 
     def decode_independently(self, exported: ExportedModel) -> Iterator[tuple[str, Tensor]]:
         if not self.independent:
-            raise refuse("the reader is not installed", "install it")
+            raise unavailable("the reader is not installed", "install it")
         return self._tensors()
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -298,7 +298,7 @@ def test_a_runtime_that_is_not_installed_is_told(
 
     @contextmanager
     def absent(target: Path, _: object) -> Iterator[Runtime]:
-        raise refuse("running ONNX files needs onnxruntime, which is not installed", "pip install it", "onnx")
+        raise unavailable("running ONNX files needs onnxruntime, which is not installed", "pip install it", "onnx")
         yield
 
     monkeypatch.setitem(parity._RUNS, "onnx", (("shipped", absent, Gate()),))

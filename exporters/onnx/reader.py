@@ -20,7 +20,7 @@ from exporters.onnx.experts import OPERATOR as EXPERTS
 from exporters.onnx.linear import COLUMNS_KEY, GRID_KEY, WEIGHTS_KEY, bias_name
 from exporters.onnx.packing import Packed, layout_of, split, unpack
 from exporters.onnx.single_node import output_of
-from signround.errors import FailedError, RefusedError, refuse
+from signround.errors import FailedError, UnavailableError, refuse
 from signround.exporting import missing_packages
 from signround.grid import Grid
 from signround.qtensor import QuantizedTensor
@@ -46,7 +46,7 @@ DECODED_COLUMNS = 256  # inputs decoded at once: bounds the identity matrix and 
 def _need(*modules: str) -> None:
     refusals = missing_packages(modules, "onnx", "onnx")
     if refusals:
-        raise RefusedError(refusals)
+        raise UnavailableError(refusals)
 
 
 def load_any(folder: Path) -> ir.Model:

@@ -24,6 +24,7 @@ from torch import Tensor
 from exporters.gptq.exporter import GptqExporter
 from exporters.onnx.exporter import OnnxExporter
 from runtime_tests.test_onnx import relative_error
+from runtime_tests.test_onnx_families import LLAMA3
 from signround.errors import RefusedError
 from signround.events import silent
 from signround.inspection import inspect_target, inspection_lines
@@ -175,6 +176,16 @@ def test_gemma_2_is_read_a_little_off(build: Callable[[Case], Built]) -> None:
     assert relative_error(in_genai(built.ours), ours) <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_windows_that_it_leaves_out_stop_genai(family: str, build: Callable[[Case], Built]) -> None:
+    """Its genai_config.json still names the window, so the cache is too short for the graph."""
+    built = build(Case(family, overrides={"sliding_window": 16}))
+    assert built.error == ""
+    with pytest.raises(Exception, match="GroupQueryAttention"):
+        in_genai(built.theirs)
+    assert relative_error(in_genai(built.ours), in_onnxruntime(built.ours)) <= 1e-5
+
+
 RAISES = [
     (Case(scheme="w3g32"), "3-bit quantization is not currently supported"),
     (Case(options=(*FLOAT_HEAD, "fuse_mlp_gate_up=true")), "object has no attribute 'weight'"),
@@ -182,6 +193,7 @@ RAISES = [
     (Case("gemma3"), "KeyError: 'rope_type'"),
     (Case("phi4-mini-like"), "KeyError: 'type'"),
     (Case("smollm3"), "KeyError: 'position_ids'"),
+    (Case("granite", overrides={"rope_parameters": LLAMA3}), "llama3 RoPE style is not currently supported"),
 ]  # fmt: skip
 
 
@@ -196,6 +208,7 @@ ASTRAY = [
     (Case(options=()), 1e-2, "embedding and head are rounded to 4 bits"),
     (Case("llama-untied", options=()), 1e-2, "the head is rounded to 4 bits"),
     (Case("mistral", overrides={"sliding_window": 16}), 0.1, "the window is left out"),
+    (Case("phi3", overrides={"sliding_window": 16}), 0.5, "the window is left out"),
     (
         Case(overrides={"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
         0.1,

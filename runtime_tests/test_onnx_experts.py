@@ -12,9 +12,11 @@ import torch
 from exporters.onnx.exporter import OnnxExporter
 from runtime_tests.onnx_steps import stepper, tokens_of
 from runtime_tests.test_onnx import all_logits, relative_error
+from runtime_tests.test_onnx_schemes import SCHEMES
 from signround import quantize
 from signround.artifact import QuantizedCheckpoint
 from signround.events import silent
+from signround.formats import grid_for
 from signround.loading import load
 from signround.parity import ROUTED, ROUTED_EXACT, compare_weights, verify
 from signround.runtimes.genai import open_genai
@@ -29,6 +31,8 @@ COVERING = [
     ("qwen3-moe", "w4g32"), ("qwen3-moe", "w8g64-asym"), ("qwen2-moe", "w3g128-asym"), ("qwen2-moe", "w4g16-asym"),
     ("mixtral", "w4gc"), ("mixtral", "q8_0"), ("qwen3-moe", "w3g32"), ("qwen2-moe", "w8g16"), ("mixtral", "w4g256"),
 ]  # fmt: skip
+_REST = [scheme for scheme in SCHEMES if grid_for(scheme).bits > 2 and scheme not in {name for _, name in COVERING}]
+COVERING += [(MIXTURES[index % len(MIXTURES)], scheme) for index, scheme in enumerate(_REST)]  # QMoE has no 2 bits
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from signround.parity import HALF_GRAPH, verify
 from signround.runtimes.genai import open_genai
 from signround.runtimes.ort import OnnxRuntime, open_onnxruntime
 from tests.small_artifacts import write_rounded_artifact
-from tests.small_models import write_small_model
+from tests.small_models import FAMILIES, MIXTURES, write_small_model
 
 pytest.importorskip("onnxruntime")
 
@@ -46,11 +46,13 @@ COVERING = [
     ("smollm3", "w4g128-asym", {}),
     ("granite", "w4g32", {}),
     ("olmo2", "q8_0", {}),
+    ("llama-untied", "w2g128-asym", {}),
 ]
 SOME_SLOW = [
     pytest.param(*case, marks=[] if index % 4 == 1 else pytest.mark.slow) for index, case in enumerate(COVERING)
 ]
-CACHED = ["llama", "qwen2", "gemma2", "phi4-mini-like", "smollm3"]
+WINDOWS = {family: {"sliding_window": 16} for family in ("mistral", "phi3", "mixtral")}  # Gemma has its own
+CACHED = [(family, WINDOWS.get(family, {})) for family in FAMILIES]
 
 
 @dataclass
@@ -62,7 +64,8 @@ class Case:
 
     @cached_property
     def reference(self) -> Any:
-        return reference_model(self.artifact)
+        mixture = self.artifact.plan.architecture.mixture
+        return reference_model(self.artifact) if mixture is None else load(self.artifact.folder)
 
     @torch.no_grad()
     def wanted(self, tokens: Tensor) -> Tensor:
@@ -121,9 +124,9 @@ def test_long_texts_rotate_by_the_long_factors(case_of: Maker) -> None:
     assert relative_error(batch[1:, 200:], case.wanted(tokens[:, 200:])) <= 1e-5
 
 
-@pytest.mark.parametrize("family", CACHED)
-def test_chunks_and_single_steps_are_the_full_forward(case_of: Maker, family: str) -> None:
-    case, tokens = case_of(family), windows(512, count=2, tokens=40)
+@pytest.mark.parametrize(("family", "overrides"), CACHED)
+def test_chunks_and_single_steps_are_the_full_forward(case_of: Maker, family: str, overrides: dict[str, Any]) -> None:
+    case, tokens = case_of(family, **overrides), windows(512, count=2, tokens=40)
     runtime = case.runtime(**STD)
     parts, cache = [], None
     for start, end in [(0, 20), (20, 33), *[(index, index + 1) for index in range(33, 40)]]:
@@ -133,11 +136,11 @@ def test_chunks_and_single_steps_are_the_full_forward(case_of: Maker, family: st
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", CACHED)
-def test_padded_rows_are_the_rows_alone(case_of: Maker, family: str, side: str) -> None:
+@pytest.mark.parametrize(("family", "overrides"), CACHED)
+def test_padded_rows_are_the_rows_alone(case_of: Maker, family: str, overrides: dict[str, Any], side: str) -> None:
     """Prompts of 31, 20 and 5 tokens in one batch, then five more tokens for each, one by one. A whole chunk may be
     padding (left, 5 tokens in chunks of 16)."""
-    case, tokens, lengths = case_of(family), windows(512, count=3, tokens=36), (31, 20, 5)
+    case, tokens, lengths = case_of(family, **overrides), windows(512, count=3, tokens=36), (31, 20, 5)
     runtime = case.runtime(**STD)
     prompts, mask = torch.zeros(3, 31, dtype=torch.int64), torch.zeros(3, 31, dtype=torch.int64)
     places = [slice(31 - length, 31) if side == "left" else slice(0, length) for length in lengths]
@@ -165,6 +168,15 @@ def test_flavours_are_equal(case_of: Maker, family: str, scheme: str, overrides:
     contrib = all_logits(case.runtime().logits(tokens))
     for options in (STD, PURE):
         assert relative_error(all_logits(case.runtime(**options).logits(tokens)), contrib) <= 1e-5
+
+
+def test_std_takes_heads_that_contrib_refuses(case_of: Maker) -> None:
+    case, tokens = case_of("llama", head_dim=20), windows(512)
+    (refusal,) = OnnxExporter().refusals(case.artifact.plan)
+    assert refusal.next_step.startswith("add `--set onnx.flavour=std`")
+    for options in (STD, PURE):
+        assert OnnxExporter(**options).refusals(case.artifact.plan) == []
+        assert relative_error(all_logits(case.runtime(**options).logits(tokens)), case.wanted(tokens)) <= 1e-5
 
 
 def test_contrib_takes_padding_at_the_end_of_rows(case_of: Maker) -> None:
@@ -243,12 +255,10 @@ def test_fp16_stays_within_its_gate(
     assert relative_error(torch.cat(steps, 1), wanted[:1]) <= 3e-3
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
-@torch.no_grad()
+@pytest.mark.parametrize("family", MIXTURES)
 def test_experts_in_the_std_flavour(case_of: Maker, family: str) -> None:
-    case, tokens = case_of(family), windows(512)
-    wanted = load(case.artifact.folder)(tokens).logits
-    assert relative_error(all_logits(case.runtime(**STD).logits(tokens)), wanted) <= 1e-5
+    case, tokens = case_of(family, **WINDOWS.get(family, {})), windows(512)
+    assert relative_error(all_logits(case.runtime(**STD).logits(tokens)), case.wanted(tokens)) <= 1e-5
 
 
 @pytest.mark.parametrize("options", [STD, PURE, {**STD, **HALF}], ids=["std", "pure", "half"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from signround import pipeline
+from signround.artifact import QuantizedCheckpoint
 from signround.cli import main as cli
 from signround.cli import progress
 from signround.cli.main import main
@@ -96,6 +97,24 @@ def test_a_failed_gate_is_exit_code_1(
 ) -> None:
     monkeypatch.setattr("signround.report.passed", lambda report: False)
     assert run(capsys, "quantize", llama_folder, *RTN, "-o", tmp_path / "out")[0] == 1
+
+
+def test_problems_that_inspect_finds_are_exit_code_1(
+    rounded_artifact: QuantizedCheckpoint, tmp_path: Path, capsys: Capture
+) -> None:
+    pytest.importorskip("onnx_ir")
+    target = pipeline.export(rounded_artifact.folder, "onnx", tmp_path / "onnx").target
+    assert run(capsys, "inspect", target)[0] == 0
+    with open(target / "model.onnx.data", "r+b") as data:
+        data.truncate(5000)
+    code, stdout, stderr = run(capsys, "inspect", target)
+    shown = stdout.count("problem: ")
+    assert code == 1
+    assert shown > 1
+    assert stderr == f"signround: {target} has {shown} problems; see above.\n"
+    code, stdout, _ = run(capsys, "inspect", target, "--json")
+    assert code == 1
+    assert len(json.loads(stdout)["problems"]) == shown
 
 
 def test_settings_of_formats() -> None:

@@ -33,10 +33,17 @@ def test_being_faster_nowhere_is_a_failure() -> None:
     equal = Row("prefill", 100.0, 100.0, "tokens/s", more_is_better=True, target=0.97)
     slow = Row("decode", 96.0, 100.0, "tokens/s", more_is_better=True, target=0.97)
     fast = Row("other", 101.0, 100.0, "tokens/s", more_is_better=True, target=0.97, processor=1.5)
-    assert failures([equal]) == ["faster in no column"]
-    assert failures([equal, slow, fast]) == ["decode"]
-    assert failures([equal, fast]) == []
+    assert failures([equal], 0.0) == ["faster in no column"]
+    assert failures([equal, slow, fast], 0.0) == ["decode"]
+    assert failures([equal, fast], 9e-6) == []
     assert lines([fast])[2] == "| other | 101.0 tokens/s | 100.0 tokens/s | 1.01 | 1.50 | 0.97 |"
+
+
+@pytest.mark.parametrize("apart", [2e-5, float("nan")])
+def test_graphs_of_two_models_are_not_compared(apart: float) -> None:
+    fast = Row("decode", 101.0, 100.0, "tokens/s", more_is_better=True, target=0.97)
+    (failure,) = failures([fast], apart)
+    assert failure.startswith(f"logits are {apart:.1e} apart")
 
 
 def test_makers_take_turns_and_the_least_counts() -> None:

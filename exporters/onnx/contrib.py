@@ -47,7 +47,8 @@ class ContribFlavour:
         if architecture.head_dim % HEAD_MULTIPLE == 0:
             return []
         problem = f"heads of {architecture.head_dim} are not possible in GroupQueryAttention, which takes multiples of "
-        return [Refusal(f"{problem}{HEAD_MULTIPLE}", "choose another model, or export to gguf or gptq", "onnx")]
+        step = "add `--set onnx.flavour=std`, whose Attention takes them, or export to gguf or gptq"
+        return [Refusal(f"{problem}{HEAD_MULTIPLE}", step, "onnx")]
 
     @staticmethod
     def notes(architecture: Architecture) -> list[str]:

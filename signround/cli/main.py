@@ -1,4 +1,5 @@
-"""The command line: arguments in, exit code out (0 done, 1 the work failed, 2 the request was refused).
+"""The command line: arguments in, exit code out (0 done, 1 the work failed or what was
+looked at has problems, 2 the request was refused).
 
 Every command is a thin door to a function of the library with the same names and defaults.
 """
@@ -244,7 +245,7 @@ def inspect(
     target: Annotated[Path, typer.Argument(help="An artifact, or a file or folder that was exported.")],
     as_json: Json = False,
 ) -> None:
-    """What is inside: grids, sizes, histogram of codes."""
+    """What is inside: grids, sizes, histogram of codes; of ONNX folders their problems, any of which is exit code 1."""
     from signround.cli.output import print_json, print_lines
     from signround.inspection import inspect_target, inspection_lines
 
@@ -253,6 +254,9 @@ def inspect(
         print_json(found)
     else:
         print_lines(inspection_lines(found))
+    problems = len(found.get("problems", ()))
+    if problems:
+        raise FailedError(f"{target} has {'a problem' if problems == 1 else f'{problems} problems'}; see above.")
 
 
 @app.command()

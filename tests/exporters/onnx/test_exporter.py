@@ -209,6 +209,7 @@ def test_refusals_come_all_at_once(artifact_of: Maker, tmp_path: Path) -> None:
     assert "accuracy_level 7" in text
     assert "zero as minimum" in text
     assert "heads of 20" in text
+    assert "add `--set onnx.flavour=std`" in text
     with pytest.raises(RefusedError):
         OnnxExporter().export(artifact_of("llama", "q5_0"), tmp_path / "onnx", silent)
     assert OnnxExporter().refusals(artifact_of().plan) == []

@@ -10,25 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from signround.errors import Refusal, RefusedError, refuse
+from signround.errors import RESTORE, Refusal, RefusedError, refuse
 from signround.families import ALWAYS, COMMON, FAMILIES, Family, Linear
 from signround.mixture import Mixture, mixture_refusals, read_mixture
-from signround.positions import (
-    Rope,
-    longrope_refusals,
-    read_rope,
-    read_ropes,
-    read_windows,
-    rope_refusals,
-    window_refusals,
-)
+from signround.positions import Rope, head_refusals, read_rope, read_ropes
+from signround.rope_parameters import rope_refusals
+from signround.windows import read_windows, window_refusals
 
 BLOCK = "model.layers.{}."
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 CONFIG = "config.json"
-RESTORE = "restore the file from the model's publisher"
 SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
@@ -142,7 +135,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     heads, layers = given["num_attention_heads"], given["num_hidden_layers"]
     kv_heads = given["num_key_value_heads"] or heads
     head_dim = given["head_dim"] or given["hidden_size"] // heads
-    refusals = longrope_refusals(given, family, head_dim) + window_refusals(given, family)
+    refusals = head_refusals(given, family, head_dim) + window_refusals(given, family, layers)
     if heads % kv_heads:
         problem = f"num_key_value_heads is {kv_heads}, which does not divide num_attention_heads {heads}"
         refusals.append(Refusal(problem, RESTORE, CONFIG))
@@ -208,10 +201,10 @@ def _scales(given: Mapping[str, Any], family: Family, head_dim: int) -> Scales:
 
 
 def _absurd(given: Mapping[str, Any]) -> list[Refusal]:
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     return [
         Refusal(f"{name} is {given.get(name, 'missing')!r}, a whole number above 0 is needed", RESTORE, CONFIG)
-        for name in needed
+        for name in (*sizes, "max_position_embeddings")
         if not isinstance(given.get(name), int) or given[name] < 1
     ]
 

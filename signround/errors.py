@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+RESTORE = "restore the file from the model's publisher"  # the next step where a model's file is damaged
+
 
 @dataclass(frozen=True)
 class Refusal:

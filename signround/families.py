@@ -69,7 +69,7 @@ class Family:
     local_rope: bool = False  # windowed blocks rotate by rope_parameters of their own
     partial_rotary: bool = False  # partial_rotary_factor: only the first part of each head rotates
     unrotated: bool = False  # no_rope_layers: some blocks have no positions at all
-    window_rule: Literal["never", "every", "switched", "period", "unrotated"] = "never"
+    window_rule: Literal["never", "every", "switched", "alternate", "period", "unrotated"] = "never"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> values that we can compute
     experts: Experts | None = None
@@ -163,10 +163,8 @@ FAMILIES = {
             "gemma2", "Gemma2ForCausalLM", BIASABLE + feed_forward(), AROUND,
             activation="gelu_pytorch_tanh", activation_key="hidden_activation", norm_plus_one=True,
             root_embedding=True, query_scalar=True, soft_caps=("attn_logit_softcapping", "final_logit_softcapping"),
-            rope_kinds=("default", "linear"), window_rule="period",
-            defaults={
-                **GEMMA, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-            },
+            rope_kinds=("default", "linear"), window_rule="alternate",
+            defaults={**GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
             only=CAUSAL, examples="Gemma 2",
         ),
         Family(

@@ -15,9 +15,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from signround.errors import FailedError
+from signround.errors import FailedError, refuse
 
 PARTIAL = ".partial-"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} when there is none. Raises RefusedError when it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise refuse(f"not valid JSON ({error})", "download the file again", str(path)) from error
+    if not isinstance(data, dict):
+        raise refuse("must hold a JSON object", "download the file again", str(path))
+    return data
 
 
 @contextmanager

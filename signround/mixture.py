@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from signround.errors import Refusal
+from signround.errors import RESTORE, Refusal
 from signround.families import Experts, Linear
 
 CONFIG = "config.json"
-RESTORE = "restore the file from the model's publisher"
 
 
 @dataclass(frozen=True)

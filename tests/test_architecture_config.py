@@ -26,6 +26,7 @@ LLAMA: dict[str, Any] = {
     "vocab_size": 100,
 }
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SIZES = {
     "hidden_size": 512,
     "intermediate_size": 96,
@@ -156,7 +157,7 @@ def test_heads_that_do_not_share_keys_evenly_are_refused() -> None:
         ({"rope_theta": 5e5, "rope_scaling": None}, "default", 5e5, 1.0),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e6}, "linear", 1e6, 2.0),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}, "default", 7e4, 1.0),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3", 10000.0, 8.0),
+        ({"rope_scaling": LLAMA3}, "llama3", 10000.0, 8.0),
     ],
 )
 def test_rope_of_old_and_new_configs(changes: dict[str, Any], kind: str, theta: float, factor: float) -> None:

@@ -6,7 +6,6 @@ tokens at which generation_config.json ends are written as EOT and EOM. Fill-in-
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from signround.checkpoint import additional_templates
 from signround.errors import refuse
+from signround.files import read_json
 
 # What llama_vocab::impl::load recognises by text (llama.cpp, src/llama-vocab.cpp).
 EOT = frozenset(["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>"])
@@ -36,19 +36,6 @@ class Specials:
     eot: int | None = None
     eom: int | None = None
     notes: tuple[str, ...] = ()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} when there is none. Raises RefusedError when it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise refuse(f"not valid JSON ({error})", "download the file again", str(path)) from error
-    if not isinstance(data, dict):
-        raise refuse("must hold a JSON object", "download the file again", str(path))
-    return data
 
 
 def read_specials(

@@ -18,10 +18,9 @@ from exporters.gguf.byte_level import carry_byte_level
 from exporters.gguf.pre_tokenizer import AUTO
 from exporters.gguf.probing import loaded
 from exporters.gguf.sentencepiece import carry_sentencepiece, carry_sentencepiece_model
-from exporters.gguf.specials import read_json
 from exporters.gguf.vocabulary import CarriedTokenizer, component_types
 from signround.errors import refuse
-from signround.files import canonical_json
+from signround.files import canonical_json, read_json
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any], vocabulary: int, pre: str = AUTO) -> CarriedTokenizer:

@@ -15,6 +15,7 @@ from typing import Any
 
 from exporters.onnx.layouts import GENAI
 from signround.checkpoint import TOKENIZER_FILES, additional_templates
+from signround.files import read_json
 from signround.plan import ModelPlan
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -38,8 +39,7 @@ def chat_templates(files: Path) -> dict[str, str]:
 
 
 def _tokenizer_config(files: Path) -> dict[str, Any]:
-    path = files / TOKENIZER_CONFIG
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return read_json(files / TOKENIZER_CONFIG)
 
 
 def side_files(plan: ModelPlan, layout: str, configs: Mapping[str, Mapping[str, Any]]) -> SideFiles:

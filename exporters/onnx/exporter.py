@@ -29,6 +29,7 @@ from exporters.onnx.experts import expert_notes, expert_refusals
 from exporters.onnx.form import GraphForm
 from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
 from exporters.onnx.genai_tokenizer import tokenizer_notes
+from exporters.onnx.generation import generation_refusals, read_generation
 from exporters.onnx.linear import FAST_LEVEL, Accuracy, is_down_projection
 from exporters.onnx.metadata import model_metadata
 from exporters.onnx.packing import FAST_2_BIT_BLOCKS, block_of, has_float_kernel
@@ -113,7 +114,7 @@ class OnnxExporter:
         ]
         form = self._form.refusals(plan)
         places = [] if form else layouts.refusals_of(self.layout, plan, self.dtype)
-        return found + expert_refusals(plan) + form + places
+        return found + expert_refusals(plan) + form + places + generation_refusals(plan)
 
     def _level_refusal(self) -> Refusal:
         return Refusal(
@@ -146,7 +147,7 @@ class OnnxExporter:
         if self.layout != layouts.GENAI:
             return layouts.browser_notes(plan, self.flavour)
         notes = [note for note in (tokenizer_note(plan.files), template_note(plan.files, self.layout)) if note]
-        return notes + tokenizer_notes(side_files(plan, self.layout, {}), CONFIG)
+        return [*notes, *read_generation(plan).notes, *tokenizer_notes(side_files(plan, self.layout, {}), CONFIG)]
 
     def _grid_notes(self, plan: ModelPlan, grid: Grid) -> Iterator[str]:
         blocks = {block_of(grid, layer.columns) for layer in plan.layers() if layer.grid == grid}

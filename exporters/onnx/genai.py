@@ -1,5 +1,5 @@
 """genai_config.json: how onnxruntime-genai finds the graph's inputs, its cache and the special tokens, and how it
-samples when the user says nothing.
+samples when the user says nothing (`generation`).
 
 Its reader refuses keys that it does not know, so only known ones are written.
 Source: https://onnxruntime.ai/docs/genai/reference/config.html; src/config.cpp and src/models/model_type.h of 0.18
@@ -7,11 +7,11 @@ Source: https://onnxruntime.ai/docs/genai/reference/config.html; src/config.cpp 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from exporters.onnx.form import GraphForm
+from exporters.onnx.generation import read_generation
 from exporters.onnx.rope import positions_of
 from signround.plan import ModelPlan
 
@@ -19,26 +19,16 @@ GENERIC = "decoder"  # how onnxruntime-genai calls a language model whose family
 NAMED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"})
 CONFIG = "genai_config.json"
 LONGEST = 4096  # the shared cache is allocated for this many tokens at load; a full context can be gigabytes
-# Keys of generation_config.json that onnxruntime-genai knows under `search`, with their types there.
-SAMPLING: dict[str, type[bool] | type[int] | type[float]] = {
-    "do_sample": bool, "temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float,
-    "no_repeat_ngram_size": int, "min_length": int,
-}  # fmt: skip
-TRANSFORMERS_SAMPLING = {
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-}  # where generation_config.json says do_sample only
 
 
 def genai_config(plan: ModelPlan, graph_file: str, form: GraphForm) -> dict[str, Any]:
-    """The content of genai_config.json."""
-    architecture = plan.architecture
+    """The content of genai_config.json. Raises RefusedError when the files beside the model are damaged."""
+    architecture, generation = plan.architecture, read_generation(plan)
     family, context = architecture.family.model_type, positions_of(architecture)
     return {
         "model": {
             "type": family if family in NAMED else GENERIC,
-            **_special_tokens(plan),
+            **generation.tokens,
             "context_length": context,
             "vocab_size": architecture.vocabulary,
             "decoder": {
@@ -63,36 +53,8 @@ def genai_config(plan: ModelPlan, graph_file: str, form: GraphForm) -> dict[str,
             },
         },
         "search": {"max_length": min(context, LONGEST), "past_present_share_buffer": form.operators.shares_cache}
-        | _sampling(plan),
+        | generation.search,
     }
-
-
-def _special_tokens(plan: ModelPlan) -> dict[str, int | list[int]]:
-    """bos, eos and pad ids: generation_config.json first, as transformers does; pad falls back to the first eos."""
-    generation = _generation(plan)
-    found: dict[str, int | list[int]] = {}
-    for kind in ("bos", "eos", "pad"):
-        value = generation.get(f"{kind}_token_id")
-        if value is None:
-            value = plan.config.get(f"{kind}_token_id")
-        if value is not None:
-            found[f"{kind}_token_id"] = value
-    if "eos_token_id" in found and "pad_token_id" not in found:
-        ends = found["eos_token_id"]
-        found["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
-    return found
-
-
-def _generation(plan: ModelPlan) -> dict[str, Any]:
-    file = plan.files / "generation_config.json"
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
-
-
-def _sampling(plan: ModelPlan) -> dict[str, Any]:
-    """How the model's publisher wants it sampled; greedy where nothing is said, as in transformers."""
-    given: dict[str, Any] = {key: value for key, value in _generation(plan).items() if value is not None}
-    defaults: dict[str, Any] = TRANSFORMERS_SAMPLING if given.get("do_sample") else {"do_sample": False}
-    return defaults | {key: kind(given[key]) for key, kind in SAMPLING.items() if key in given}
 
 
 def tokenizer_note(files: Path) -> str | None:

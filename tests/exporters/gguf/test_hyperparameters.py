@@ -19,6 +19,7 @@ SIZES = {
 }  # fmt: skip
 GEMMA = {"query_pre_attn_scalar": 16}
 DENSE = [name for name, family in FAMILIES.items() if family.experts is None]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [float(n) for n in range(1, 9)],
     "long_factor": [float(2 * n) for n in range(1, 9)],
@@ -97,8 +98,8 @@ def test_long_and_short_factors_are_tensors() -> None:
     [
         ("qwen3", {"attention_bias": True}, "qwen3 has no place for biases of self_attn.o_proj"),
         ("smollm3", {"mlp_bias": True}, "no place for biases of mlp.down_proj, mlp.gate_proj, mlp.up_proj"),
-        ("qwen2", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "qwen2 has no rope scaling 'llama3'"),
-        ("smollm3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "smollm3 has no rope scaling 'llama3'"),
+        ("qwen2", {"rope_scaling": LLAMA3}, "qwen2 has no rope scaling 'llama3'"),
+        ("smollm3", {"rope_scaling": LLAMA3}, "smollm3 has no rope scaling 'llama3'"),
         (
             "gemma3_text",
             GEMMA | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},

@@ -27,7 +27,7 @@ from exporters.onnx.data_files import count_data_files, save_chunks
 from exporters.onnx.decoder import build_decoder
 from exporters.onnx.experts import expert_notes, expert_refusals
 from exporters.onnx.form import GraphForm
-from exporters.onnx.genai import CONFIG, LONGEST, genai_config, tokenizer_note
+from exporters.onnx.genai import LONGEST, genai_config, tokenizer_note
 from exporters.onnx.genai_tokenizer import tokenizer_notes
 from exporters.onnx.generation import generation_refusals, read_generation
 from exporters.onnx.linear import FAST_LEVEL, Accuracy, is_down_projection
@@ -45,6 +45,7 @@ from signround.files import folder_written_whole
 from signround.grid import Grid
 from signround.plan import ModelPlan
 from signround.qtensor import QuantizedTensor
+from signround.runtimes.genai import CONFIG
 from signround.runtimes.onnx_files import find_graph
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ def _object(path: Path) -> dict[str, Any] | str:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except ValueError:
+    except (OSError, ValueError):
         return f"{path.name} is damaged"
     return found if isinstance(found, dict) else f"{path.name} is damaged"
 
@@ -77,7 +77,7 @@ def _genai_problems(model: ir.Model, graph: Path, path: Path) -> Iterator[str]:
     if scores not in [value.name for value in model.graph.outputs]:
         yield f"{CONFIG}: the graph has no output {scores}"
     names = {key: str(value) for key, value in (INPUTS | _section(decoder, "inputs")).items()}
-    layers = range(len(_caches(model)))
+    layers = range(max(1, len(_caches(model))))
     fed = {name.replace("%d", str(layer)) for name in names.values() for layer in layers}
     for value in model.graph.inputs:
         if value.name not in fed:
@@ -136,7 +136,7 @@ def _browser_problems(model: ir.Model, graph: Path, path: Path, *, ours: bool) -
     if isinstance(dtype, str) and graph.name != f"model{SUFFIXES.get(dtype, '?')}.onnx":
         yield f"{path.name}: the dtype {dtype} is not that of {SUBFOLDER}/{graph.name}"
     count = len(_data_files(model))
-    if isinstance(files, dict) and int(files.get(graph.name, 0)) != count:
+    if isinstance(files, dict) and files.get(graph.name, 0) != count:
         yield f"{path.name}: {graph.name} has {count} data files, use_external_data_format says {files.get(graph.name)}"
 
 

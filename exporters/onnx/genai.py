@@ -17,7 +17,6 @@ from signround.plan import ModelPlan
 
 GENERIC = "decoder"  # how onnxruntime-genai calls a language model whose family it has no name for
 NAMED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"})
-CONFIG = "genai_config.json"
 LONGEST = 4096  # the shared cache is allocated for this many tokens at load; a full context can be gigabytes
 
 

@@ -125,6 +125,7 @@ BESIDE: list[tuple[str, Damage, str]] = [
         setting("config.json", *BROWSER, "use_external_data_format", value={"model_q4.onnx": 3}),
         "has 1 data files, use_external_data_format says 3",
     ),
+    ("transformers.js", setting("config.json", *BROWSER, "use_external_data_format", value={}), "says None"),
 ]
 
 

@@ -7,6 +7,7 @@ docs/decisions.md holds the measurements behind the recipes of each device.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ class TuningSettings:
     `samples` sequences of `seqlen` tokens, `held_out` of them kept back to choose the best step; `learning_rate` in
     units of a quantisation step; `compute` is the dtype of the matrix products; `start` is where tuning begins:
     "range" (min/max, as the paper) or "search" (activation-weighted search of each group's scale first);
+    `scale_iters` steps follow the `iters` on the rounding, at first of `scale_rate` of a scale (tuning/scales.py);
     `hidden_states` is the dtype in which the two chains wait in memory between blocks; with `lookahead` 1 the error
     behind the following block counts as well (tuning/ahead.py).
     """
@@ -43,12 +45,15 @@ class TuningSettings:
     hidden_states: Literal["fp32", "bf16"]
     start: Literal["range", "search"]
     lookahead: Literal[0, 1] = 0
+    scale_iters: int = 0
+    scale_rate: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 BATCH_SIZE = 8  # as in the paper
+SCALE_SHARE, SCALE_RATE = 0.25, 2e-3  # steps on the scales a step on the rounding, and their first size
 # (iters, samples, held_out, seqlen) a recipe and device
 _EFFORT: dict[tuple[str, Device], tuple[int, int, int, int]] = {
     ("fast", "cpu"): (100, 64, 8, 256),
@@ -152,7 +157,10 @@ def _checked(settings: TuningSettings, seqlen: int | None, batch_size: int | Non
             "--batch-size",
         )
     chosen = min(BATCH_SIZE, training) if batch_size is None else batch_size
-    return replace(settings, held_out=held_out, learning_rate=rate, batch_size=chosen)
+    settings = replace(settings, held_out=held_out, learning_rate=rate, batch_size=chosen)
+    if settings.method != "signround":
+        return settings
+    return replace(settings, scale_iters=math.ceil(settings.iters * SCALE_SHARE), scale_rate=SCALE_RATE)
 
 
 def checked_device(device: str) -> tuple[Device, Literal["bf16", "fp32"]]:

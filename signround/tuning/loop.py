@@ -1,11 +1,12 @@
-"""The loop over one block: sample, step, keep the best on a fixed held-out subset, fall back to rounding.
+"""The loop over one block: its rounding, then its scales. The step that is best on held-out samples is kept, and where
+plain rounding beats it, layer by layer, plain rounding is.
 
 Nothing in the step loop waits for the device: the best parameters are kept by `where`, and losses are read afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from signround.tuning.expert_choice import choose_experts
 from signround.tuning.layer import TunedLayer
 from signround.tuning.problem import BlockProblem, Problem
 from signround.tuning.rtn import rounded
+from signround.tuning.scales import ScaleDescent, ScaledLayer
 from signround.tuning.signround import SignDescent
 
 CHECKS = 10  # times that the held-out subset is looked at
@@ -40,41 +42,40 @@ def tune_block(
     descent: SignDescent,
     on_step: Callable[[int, int], None],
 ) -> BlockOutcome:
-    """Tune `layers` (by their weight names within the block) and choose, layer by layer, the best candidate."""
+    """Tune `layers` (by their weight names within the block), their rounding, then their scales, and choose, layer
+    by layer, the best candidate. `on_step(done, total)` follows the steps."""
     if not layers:  # all of the block is kept, by the user's word or because no token reached its experts
         unchanged = problem.held_out_loss({}, settings.batch_size).item()
         return BlockOutcome({}, {}, unchanged, unchanged)
-    tuned = list(layers.values())
-    parameters = descent.parameters(tuned)
     start = {name: layer.frozen() for name, layer in layers.items()}
-    best, best_loss = [parameter.detach().clone() for parameter in parameters], None
-    checks = {round(settings.iters * check / CHECKS) for check in range(CHECKS + 1)}
     picks = _batches(settings, problem.index)
-    for step in range(settings.iters + 1):
-        if step in checks:
-            loss = _held_out(problem, layers, settings)
-            if best_loss is None:
-                best_loss = loss
-            else:
-                better = loss < best_loss
-                best_loss = torch.where(better, loss, best_loss)
-                for kept, parameter in zip(best, parameters, strict=True):
-                    torch.where(better, parameter.detach(), kept, out=kept)
-            on_step(step, settings.iters)
-        if step == settings.iters:
-            break
-        weights = {name: layer.fake_quantized() for name, layer in layers.items()}
-        # An expert that no token of this batch is routed to has no part in the loss: its gradient is zero, it stays.
-        gradients = torch.autograd.grad(
-            problem.loss(weights, picks[step], fast=True), parameters, allow_unused=True, materialize_grads=True
+    total = settings.iters + settings.scale_iters
+
+    tuned = list(layers.values())
+    _descend(
+        _Walk(
+            lambda: {name: layer.fake_quantized() for name, layer in layers.items()},
+            descent.parameters(tuned),
+            lambda gradients, left: descent.step(tuned, gradients, settings.learning_rate * left),
+        ),
+        problem,
+        picks[: settings.iters],
+        settings.batch_size,
+        lambda done: on_step(done, total),
+    )
+    scaled = {name: ScaledLayer(layer.frozen(), problem.device) for name, layer in layers.items()}
+    scales = ScaleDescent(list(scaled.values()), settings.scale_rate)
+    if settings.scale_iters and scales.parameters:
+        _descend(
+            _Walk(lambda: {name: layer.decoded() for name, layer in scaled.items()}, scales.parameters, scales.step),
+            problem,
+            picks[settings.iters :],
+            settings.batch_size,
+            lambda done: on_step(settings.iters + done, total),
         )
-        descent.step(tuned, gradients, settings.learning_rate * (1 - step / settings.iters))
-    with torch.no_grad():
-        for parameter, kept in zip(parameters, best, strict=True):
-            parameter.copy_(kept)
     candidates = {
         name: {
-            "tuned": layer.frozen(),
+            "tuned": scaled[name].frozen(),
             "start": start[name],
             "rounded": rounded(layer.grid, problem.original(name)),
         }
@@ -83,19 +84,61 @@ def tune_block(
     return _best_of(problem, candidates, settings)
 
 
-def _held_out(problem: Problem, layers: Mapping[str, TunedLayer], settings: TuningSettings) -> Tensor:
+@dataclass(frozen=True)
+class _Walk:
+    """What descends: the weights of a block as they follow from `parameters`, and one step, given the gradients
+    and the part of the way that is left (from 1 linearly to 0)."""
+
+    weights: Callable[[], dict[str, Tensor]]
+    parameters: Sequence[Tensor]
+    step: Callable[[Sequence[Tensor], float], None]
+
+
+def _descend(walk: _Walk, problem: Problem, picks: Tensor, batch: int, on_check: Callable[[int], None]) -> None:
+    """One step for each row of `picks` (int64 [steps, batch]); the parameters end at the lowest held-out loss seen."""
+    steps = len(picks)
+    checks = {round(steps * check / CHECKS) for check in range(CHECKS + 1)}
+    best, best_loss = [parameter.detach().clone() for parameter in walk.parameters], None
+    for step in range(steps + 1):
+        if step in checks:
+            loss = _held_out(problem, walk, batch)
+            if best_loss is None:
+                best_loss = loss
+            else:
+                better = loss < best_loss
+                best_loss = torch.where(better, loss, best_loss)
+                for kept, parameter in zip(best, walk.parameters, strict=True):
+                    torch.where(better, parameter.detach(), kept, out=kept)
+            on_check(step)
+        if step == steps:
+            break
+        # An expert that no token of this batch is routed to has no part in the loss: its gradient is zero, it stays.
+        gradients = torch.autograd.grad(
+            problem.loss(walk.weights(), picks[step], fast=True),
+            walk.parameters,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        walk.step(gradients, 1 - step / steps)
     with torch.no_grad():
-        weights = {name: layer.fake_quantized() for name, layer in layers.items()}
-    return problem.held_out_loss(weights, settings.batch_size)
+        for parameter, kept in zip(walk.parameters, best, strict=True):
+            parameter.copy_(kept)
+
+
+def _held_out(problem: Problem, walk: _Walk, batch: int) -> Tensor:
+    with torch.no_grad():
+        weights = walk.weights()
+    return problem.held_out_loss(weights, batch)
 
 
 def _batches(settings: TuningSettings, block: int) -> Tensor:
-    """int64 [iters, batch] samples to train on; drawn from (seed, block) alone, as a resumed run must."""
+    """int64 [all steps, batch] samples to train on; drawn from (seed, block) alone, as a resumed run must."""
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + block)
     training = settings.samples - settings.held_out
-    draws = settings.iters * settings.batch_size
+    steps = settings.iters + settings.scale_iters
+    draws = steps * settings.batch_size
     rounds = [torch.randperm(training, generator=generator) for _ in range(-(-draws // training))]
-    return torch.cat(rounds)[:draws].view(settings.iters, settings.batch_size)
+    return torch.cat(rounds)[:draws].view(steps, settings.batch_size)
 
 
 def _best_of(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from signround.formats import grid_for
-from signround.tuning import loop
+from signround.tuning import loop, scales
 from signround.tuning import problem as problem_room
 from signround.tuning.layer import TunedLayer
 from signround.tuning.loop import BlockOutcome, tune_block
@@ -145,7 +145,7 @@ def test_plain_rounding_of_everything_is_a_candidate(llama_folder: Path, monkeyp
 
 
 def test_held_out_samples_are_never_trained_on() -> None:
-    chosen = settings(iters=50)
+    chosen = settings(iters=40, scale_iters=10)
     picks = loop._batches(chosen, 0)
     assert picks.shape == (50, 4)
     assert set(picks.flatten().tolist()) == set(range(12))  # 16 samples, the last 4 held out
@@ -157,6 +157,8 @@ def test_batches_depend_on_seed_and_block_alone() -> None:
     """Or a resumed run would go another way."""
     chosen = settings()
     expected = loop._batches(chosen, 3)
+    more = loop._batches(replace(chosen, scale_iters=2 * chosen.scale_iters), 3)
+    assert torch.equal(more[: len(expected)], expected)  # the rounding sees the same, whatever follows it
     torch.manual_seed(99)
     torch.rand(5)
     assert torch.equal(loop._batches(replace(chosen, recipe="best"), 3), expected)
@@ -176,16 +178,17 @@ def test_the_step_loop_never_waits_for_the_device() -> None:
     waits = {"item", "tolist", "cpu", "numpy", "synchronize", "bool", "float", "int", "nonzero", "equal", "allclose"}
     functions = {
         node.name: node
-        for module in (problem_room, loop)
+        for module in (problem_room, loop, scales)
         for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.FunctionDef)
     }
     (steps,) = [
         node
-        for node in ast.walk(functions["tune_block"])
+        for node in ast.walk(functions["_descend"])
         if isinstance(node, ast.For) and "step" in ast.dump(node.target)
     ]
-    for node in (steps, functions["_held_out"], functions["held_out_loss"], functions["loss"]):
+    called_by_steps = ("_held_out", "held_out_loss", "loss", "step")
+    for node in (steps, *(functions[name] for name in called_by_steps)):
         called = {
             call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
             for call in ast.walk(node)
@@ -205,4 +208,5 @@ def test_each_check_is_reported(llama_folder: Path) -> None:
         problem, layers_of(problem, grid_for("w4g32")), chosen, descent_for("signround", "range"),
         lambda done, total: seen.append((done, total)),
     )  # fmt: skip
-    assert seen == [(step, 20) for step in range(0, 21, 2)]
+    assert chosen.scale_iters == 5
+    assert seen == [(step, 25) for step in [*range(0, 21, 2), *range(20, 26)]]

@@ -75,22 +75,15 @@ class GraphBuilder:
         return self.constant(f"constant.{value!r}", np.array(value, self.float_type.numpy()))
 
     def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], NDArray[Any]]) -> ir.Value:
-        """A constant whose array is asked for only while the file is written, and forgotten afterwards."""
-        import onnx_ir as ir
+        """A constant whose array is asked for only while the file is written, and forgotten afterwards: one piece."""
 
-        if name in self.constants:
-            raise ValueError(f"constant {name} exists already")
-
-        def read() -> ir.Tensor[NDArray[Any]]:
+        def read() -> Iterator[NDArray[Any]]:
             array = load()
             if array.shape != tuple(shape):
                 raise ValueError(f"{name} must have shape {tuple(shape)}, got {array.shape}")
-            return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+            yield array
 
-        value = _value(name, dtype, shape)
-        value.const_value = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
-        self.constants[name] = value
-        return value
+        return self.streamed(name, dtype, shape, read)
 
     def streamed(
         self, name: str, dtype: ir.DataType, shape: Sequence[int], pieces: Callable[[], Iterator[NDArray[Any]]]

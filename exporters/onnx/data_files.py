@@ -2,22 +2,26 @@
 
 Two constants may share their bytes in a file, which onnx_ir's own `save` would write twice. onnxruntime maps every
 external tensor by itself, so a table with two users, one of which repacks it while the model is loaded, costs memory
-once: the repacked copy. What the other one reads are pages of the file.
+once: the repacked copy. What the other one reads are pages of the file. And onnx_ir 0.1 sorts tensors by their size,
+where the graph's order lets each weight be read once for its codes, scales and zero points. Tensors lie without gaps.
 The graph's metadata keeps the SHA-256 of each file (DATA_KEY): whoever holds the folder alone can tell a damaged copy.
 Knows nothing of models. Refuses (FailedError) more data files than a reader would open.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from exporters.onnx.builder import View
 from exporters.onnx.layouts import MOST_CHUNKS, Places
+from exporters.onnx.streamed import raw_bytes
 from signround.errors import FailedError
 from signround.files import canonical_json, sha256_of
 
@@ -50,22 +54,12 @@ def save_chunks(
     chunks = places.chunks([tensor.nbytes for _, tensor in tensors])
     if places.chunk_bytes is not None and chunks and chunks[-1] >= MOST_CHUNKS:
         raise FailedError(f"{graph.name} would need {chunks[-1] + 1} data files, {MOST_CHUNKS} are the most.")
-    done = 0
-
-    def advanced(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        nonlocal done
-        done += 1
-        on_tensor(done, len(tensors), tensor.name or "")
-
+    done = itertools.count(1)
     hashes = {}
     for chunk in sorted(set(chunks)):
         members = [pair for pair, place in zip(tensors, chunks, strict=True) if place == chunk]
-        written = ir.external_data.convert_tensors_to_external(
-            [tensor for _, tensor in members], graph.parent, places.data_file(chunk), advanced
-        )
-        for (value, _), tensor in zip(members, written, strict=True):
-            value.const_value = tensor
-        hashes[places.data_file(chunk)] = sha256_of(graph.parent / places.data_file(chunk))
+        name = places.data_file(chunk)
+        hashes[name] = _write(graph.parent, name, members, lambda tensor: on_tensor(next(done), len(tensors), tensor))
     model.metadata_props[DATA_KEY] = canonical_json(hashes)
     for view in views:
         view.value.const_value = _seen_as(view)
@@ -73,7 +67,7 @@ def save_chunks(
     for value in model.graph.initializers.values():  # the small ones: here, where an error keeps its kind
         lazy = value.const_value
         if isinstance(lazy, ir.LazyTensor):
-            value.const_value = ir.Tensor(lazy.numpy(), dtype=lazy.dtype, name=lazy.name)
+            value.const_value = lazy.raw()
     ir.save(model, graph)
 
 
@@ -87,6 +81,37 @@ def changed_files(model: ir.Model, folder: Path) -> Iterator[str]:
 def _outside(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
     values = [(value, value.const_value) for value in model.graph.initializers.values()]
     return [(value, tensor) for value, tensor in values if tensor is not None and tensor.nbytes > INLINE_BYTES]
+
+
+def _write(
+    folder: Path, name: str, constants: Iterable[tuple[ir.Value, ir.TensorProtocol]], on_tensor: Callable[[str], None]
+) -> str:
+    """Write one data file; each constant becomes what lies there. Gives the file's hex SHA-256."""
+    import onnx_ir as ir
+
+    digest, offset = hashlib.sha256(), 0
+    with open(folder / name, "wb") as file:
+        for value, tensor in constants:
+            _append(tensor, file, digest)
+            value.const_value = ir.ExternalTensor(
+                name,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=tensor.name or "",
+                base_dir=folder,
+            )
+            offset += tensor.nbytes
+            on_tensor(tensor.name or "")
+    return digest.hexdigest()
+
+
+def _append(tensor: ir.TensorProtocol, file: BinaryIO, digest: hashlib._Hash) -> None:
+    """A function of its own, so that no array outlives its tensor."""
+    for data in raw_bytes(tensor):
+        file.write(data.data)
+        digest.update(data.data)
 
 
 def _seen_as(view: View) -> ir.TensorProtocol:

@@ -63,7 +63,7 @@ def refusals(plan: ModelPlan) -> list[Refusal]:
 
 def code_pieces(packed: Packed, layout: Layout) -> Iterator[NDArray[Any]]:
     """MatMulNBits' codes transposed, slice after slice of the columns: int8 or uint8 [columns, rows] of 8 bits, else
-    their bytes, uint8 [n], codes one after the other from the lowest bits on. Without zero points codes are signed."""
+    their bytes (`_as_stored`). Without zero points codes are signed."""
     half = np.uint8(0 if layout.has_zero_points else 2 ** (layout.bits - 1))
     rows_of_bytes = packed.codes.reshape(layout.rows, -1)
     step = PIECE_COLUMNS * max(1, PIECE_WEIGHTS // (PIECE_COLUMNS * layout.rows))
@@ -72,16 +72,18 @@ def code_pieces(packed: Packed, layout: Layout) -> Iterator[NDArray[Any]]:
         part = rows_of_bytes[:, start * layout.bits // 8 : -(-end * layout.bits // 8)]
         codes = np.ascontiguousarray(unpack_bits(part, layout.bits)[:, : end - start].T)
         codes = (codes - half) & np.uint8(2**layout.bits - 1)  # wraps below 0, as two's complement does
-        if layout.bits < 8:
-            yield pack_bits(codes.reshape(1, -1), layout.bits)[0]
-        else:
-            yield codes if layout.has_zero_points else codes.view(np.int8)
+        yield _as_stored(codes if layout.has_zero_points else codes.view(np.int8), layout.bits)
 
 
 def transposed_zeros(packed: Packed, layout: Layout) -> NDArray[np.uint8]:
     """uint8 [blocks, rows]; there must be zero points."""
     assert packed.zero_points is not None
     return np.ascontiguousarray(unpack_bits(packed.zero_points, layout.bits)[:, : layout.blocks].T)
+
+
+def _as_stored(integers: NDArray[Any], bits: int) -> NDArray[Any]:
+    """One a byte, or uint8 [n]: one after the other from the lowest bits on, across the ends of rows."""
+    return integers if bits == 8 else pack_bits(integers.view(np.uint8).reshape(1, -1), bits)[0]
 
 
 def from_columns(columns: Columns, layout: Layout) -> Packed:
@@ -119,6 +121,9 @@ class DequantizeWriter:
         def scales() -> NDArray[Any]:
             return packed().scales.T.astype(dtype.numpy())
 
+        def zeros() -> Iterator[NDArray[Any]]:
+            yield _as_stored(transposed_zeros(packed(), layout), layout.bits)
+
         inputs = [
             builder.streamed(
                 f"{name}.codes", integers, (layout.columns, layout.rows), lambda: code_pieces(packed(), layout)
@@ -126,8 +131,7 @@ class DequantizeWriter:
             builder.lazy(f"{name}.scales", dtype, shape, scales),
         ]
         if layout.has_zero_points:
-            zeros = builder.lazy(f"{name}.zero_points", integers, shape, lambda: transposed_zeros(packed(), layout))
-            inputs.append(zeros)
+            inputs.append(builder.streamed(f"{name}.zero_points", integers, shape, zeros))
         attributes = {"axis": 0, "block_size": layout.block}
         weight = builder.op(
             "DequantizeLinear", name + NODE_SUFFIX, inputs, attributes=attributes, metadata=linear.metadata

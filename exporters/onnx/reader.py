@@ -18,7 +18,7 @@ from exporters.onnx.dequantize import NODE_SUFFIX, Columns, decoded_weight, from
 from exporters.onnx.expert_reader import expert_products, read_experts
 from exporters.onnx.experts import OPERATOR as EXPERTS
 from exporters.onnx.linear import COLUMNS_KEY, GRID_KEY, WEIGHTS_KEY, bias_name
-from exporters.onnx.packing import Packed, layout_of, split, unpack
+from exporters.onnx.packing import Packed, layout_of, split, unpack, unpack_bits
 from exporters.onnx.single_node import output_of
 from signround.errors import FailedError, UnavailableError, refuse
 from signround.exporting import missing_packages
@@ -95,7 +95,7 @@ def read_quantized(folder: Path) -> Iterator[tuple[str, QuantizedTensor]]:
     seen: set[str] = set()
     for node in load_graph(folder).graph:
         if node.op_type == EXPERTS:
-            yield from read_experts(node, _array)
+            yield from read_experts(node, constant_array)
         if node.op_type not in (PRODUCT, GATHER) and not is_weight(node):
             continue
         weights = json.loads(node.metadata_props[WEIGHTS_KEY])
@@ -112,7 +112,7 @@ def _packed(node: ir.Node, grid: Grid, rows: int) -> tuple[Packed, int]:
     """What a node holds in MatMulNBits' layout, and how many inputs it has."""
     inputs = [*node.inputs, None, None][:4]
     places = DEQUANTIZE_PLACES if is_weight(node) else PLACES[node.op_type]
-    codes, scales, zeros = (None if inputs[place] is None else _array(inputs[place]) for place in places)
+    codes, scales, zeros = (None if inputs[place] is None else constant_array(inputs[place]) for place in places)
     if codes is None or scales is None:
         raise FailedError(f"node {node.name} has no weight; export the artifact again.")
     scales = scales.astype(np.float32)
@@ -123,18 +123,24 @@ def _packed(node: ir.Node, grid: Grid, rows: int) -> tuple[Packed, int]:
     return Packed(codes.reshape(*scales.shape, -1), scales, zeros), columns
 
 
-def _array(value: ir.Value | None) -> NDArray[Any]:
-    """A copy; onnx_ir maps the whole data file for each tensor, and would keep it mapped while the graph lives."""
+def constant_array(value: ir.Value | None) -> NDArray[Any]:
+    """A copy, read and unpacked here: onnx_ir maps the whole data file for each tensor, and would keep it mapped while
+    the graph lives; onnx_ir 0.1 also wants twice the bytes of 2-bit integers, which the end of a file does not have."""
     import onnx_ir as ir
 
     assert value is not None
     tensor = value.const_value
     assert tensor is not None
-    array = tensor.numpy().copy()
     if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+        stored = np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.offset or 0)
+    else:
+        stored = np.frombuffer(tensor.tobytes(), np.uint8).copy()
+    shape, dtype = tensor.shape.numpy(), tensor.dtype
+    if dtype.name not in _BYTES:
+        return stored.view(dtype.numpy()).reshape(shape)
+    codes = unpack_bits(stored[None], dtype.bitwidth)[0, : tensor.size].reshape(shape)
     # ml_dtypes' integers of 2 and 4 bits become those of 8 that hold one of them a byte
-    return array.astype(_BYTES[tensor.dtype.name]) if tensor.dtype.name in _BYTES else array
+    return codes.view(dtype.numpy()).astype(_BYTES[dtype.name])
 
 
 _BYTES = {"INT2": np.int8, "INT4": np.int8, "UINT2": np.uint8, "UINT4": np.uint8}

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -177,6 +177,19 @@ def test_failing_export_leaves_nothing(artifact_of: Maker, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("exporters.onnx.exporter.problems_of", lambda model, folder: ["x: broken"])
     with pytest.raises(FailedError, match="not sound"):
+        OnnxExporter().export(artifact, tmp_path / "onnx", silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_is_one_sentence(artifact_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = artifact_of()
+
+    def full(path: Path, mode: str) -> BinaryIO:
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr("exporters.onnx.data_files.open", full, raising=False)
+    with pytest.raises(FailedError, match="the disk is full"):
         OnnxExporter().export(artifact, tmp_path / "onnx", silent)
     assert list(tmp_path.iterdir()) == []
 

@@ -146,7 +146,8 @@ def tuning_seconds(job: Job) -> float:
     per_token = (10 if plan.tuning.lookahead else 6) * weights
     if plan.tuning.lookahead:
         per_token += 6 * plan.architecture.vocabulary * plan.architecture.hidden
-    steps = plan.tuning.iters * plan.tuning.batch_size * plan.tuning.seqlen * per_token
+    count = plan.tuning.iters + plan.tuning.scale_iters
+    steps = count * plan.tuning.batch_size * plan.tuning.seqlen * per_token
     passes = 3 * plan.tuning.samples * plan.tuning.seqlen * 2 * weights if plan.tuning.iters else 0
     return (steps + passes) / _matrix_speed(plan.tuning.device, plan.tuning.compute, plan.architecture.hidden)
 
@@ -172,6 +173,7 @@ def _matrix_speed(device: str, compute: str, hidden: int) -> float:
 def describe_lines(description: Mapping[str, Any]) -> list[str]:
     """The plan for a person."""
     tuning = description["tuning"]
+    then = f", then {tuning['scale_iters']} on the scales" if tuning["scale_iters"] else ""
     reasons = Counter(entry["reason"] for entry in description["quantized"])
     kept = Counter(entry["reason"] for entry in description["kept"])
     lines = [
@@ -180,8 +182,8 @@ def describe_lines(description: Mapping[str, Any]) -> list[str]:
         *(f"  quantised: {count}, {reason}" for reason, count in reasons.items()),
         *(f"  kept: {count}, {reason}" for reason, count in kept.items()),
         *(f"  skipped {name}: {reason}" for name, reason in description["skipped"].items()),
-        f"{tuning['method']} on {tuning['device']} ({tuning['compute']} products): {tuning['iters']} steps a block, "
-        f"batch {tuning['batch_size']}, {tuning['samples']} samples of {tuning['seqlen']} tokens, "
+        f"{tuning['method']} on {tuning['device']} ({tuning['compute']} products): {tuning['iters']} steps a block"
+        f"{then}, batch {tuning['batch_size']}, {tuning['samples']} samples of {tuning['seqlen']} tokens, "
         f"{tuning['held_out']} held out, from {description['calibration']['source']}"
         f"{', looking one block ahead' if tuning['lookahead'] else ''}",
         "sizes: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in description["bytes"].items()),

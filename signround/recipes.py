@@ -53,7 +53,7 @@ class TuningSettings:
 
 
 BATCH_SIZE = 8  # as in the paper
-SCALE_SHARE, SCALE_RATE = 0.25, 2e-3  # steps on the scales a step on the rounding, and their first size
+SCALE_SHARE, SCALE_RATE = 0.5, 2e-3  # steps on the scales a step on the rounding, and their first size
 # (iters, samples, held_out, seqlen) a recipe and device
 _EFFORT: dict[tuple[str, Device], tuple[int, int, int, int]] = {
     ("fast", "cpu"): (100, 64, 8, 256),

@@ -20,8 +20,11 @@ def test_every_recipe_is_sane(method: str, recipe: str, context: int) -> None:
     assert 0 <= settings.held_out < settings.samples
     assert 1 <= settings.batch_size <= settings.samples - settings.held_out
     assert TuningSettings(**settings.to_json()) == settings
-    earlier = {name: value for name, value in settings.to_json().items() if name != "lookahead"}
-    assert TuningSettings(**earlier).lookahead == 0  # artifacts of before there was one
+    later = ("lookahead", "scale_iters", "scale_rate")
+    earlier = TuningSettings(**{name: value for name, value in settings.to_json().items() if name not in later})
+    assert (earlier.lookahead, earlier.scale_iters) == (0, 0)  # artifacts of before there were any
+    assert settings.scale_iters == (-(-settings.iters // 2) if method == "signround" else 0)
+    assert (settings.scale_rate > 0) == (settings.scale_iters > 0)
     if method == "rtn":
         assert (settings.iters, settings.held_out) == (0, 0)
     else:

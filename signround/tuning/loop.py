@@ -48,40 +48,53 @@ def tune_block(
         unchanged = problem.held_out_loss({}, settings.batch_size).item()
         return BlockOutcome({}, {}, unchanged, unchanged)
     start = {name: layer.frozen() for name, layer in layers.items()}
-    picks = _batches(settings, problem.index)
-    total = settings.iters + settings.scale_iters
-
-    tuned = list(layers.values())
-    _descend(
-        _Walk(
-            lambda: {name: layer.fake_quantized() for name, layer in layers.items()},
-            descent.parameters(tuned),
-            lambda gradients, left: descent.step(tuned, gradients, settings.learning_rate * left),
-        ),
-        problem,
-        picks[: settings.iters],
-        settings.batch_size,
-        lambda done: on_step(done, total),
-    )
-    scaled = {name: ScaledLayer(layer.frozen(), problem.device) for name, layer in layers.items()}
-    scales = ScaleDescent(list(scaled.values()), settings.scale_rate)
-    if settings.scale_iters and scales.parameters:
-        _descend(
-            _Walk(lambda: {name: layer.decoded() for name, layer in scaled.items()}, scales.parameters, scales.step),
-            problem,
-            picks[settings.iters :],
-            settings.batch_size,
-            lambda done: on_step(settings.iters + done, total),
-        )
+    picks, total = _batches(settings, problem.index), settings.iters + settings.scale_iters
+    rounding, scales = torch.split(picks, [settings.iters, settings.scale_iters])
+    _learn_rounding(problem, layers, settings, descent, rounding, lambda done: on_step(done, total))
+    learned = {name: layer.frozen() for name, layer in layers.items()}
+    learned = _learn_scales(problem, learned, settings, scales, lambda done: on_step(settings.iters + done, total))
     candidates = {
         name: {
-            "tuned": scaled[name].frozen(),
+            "tuned": learned[name],
             "start": start[name],
             "rounded": rounded(layer.grid, problem.original(name)),
         }
         for name, layer in layers.items()
     }
     return _best_of(problem, candidates, settings)
+
+
+def _learn_rounding(
+    problem: Problem,
+    layers: Mapping[str, TunedLayer],
+    settings: TuningSettings,
+    descent: SignDescent,
+    picks: Tensor,
+    on_check: Callable[[int], None],
+) -> None:
+    tuned = list(layers.values())
+    walk = _Walk(
+        lambda: {name: layer.fake_quantized() for name, layer in layers.items()},
+        descent.parameters(tuned),
+        lambda gradients, left: descent.step(tuned, gradients, settings.learning_rate * left),
+    )
+    _descend(walk, problem, picks, settings.batch_size, on_check)
+
+
+def _learn_scales(
+    problem: Problem,
+    tensors: dict[str, QuantizedTensor],
+    settings: TuningSettings,
+    picks: Tensor,
+    on_check: Callable[[int], None],
+) -> dict[str, QuantizedTensor]:
+    layers = {name: ScaledLayer(tensor, problem.device) for name, tensor in tensors.items()}
+    descent = ScaleDescent(list(layers.values()), settings.scale_rate)
+    if not len(picks) or not descent.parameters:
+        return tensors
+    walk = _Walk(lambda: {name: layer.decoded() for name, layer in layers.items()}, descent.parameters, descent.step)
+    _descend(walk, problem, picks, settings.batch_size, on_check)
+    return {name: layer.frozen() for name, layer in layers.items()}
 
 
 @dataclass(frozen=True)

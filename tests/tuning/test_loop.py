@@ -208,5 +208,5 @@ def test_each_check_is_reported(llama_folder: Path) -> None:
         problem, layers_of(problem, grid_for("w4g32")), chosen, descent_for("signround", "range"),
         lambda done, total: seen.append((done, total)),
     )  # fmt: skip
-    assert chosen.scale_iters == 5
-    assert seen == [(step, 25) for step in [*range(0, 21, 2), *range(20, 26)]]
+    assert chosen.scale_iters == 10
+    assert seen == [(step, 30) for step in [*range(0, 21, 2), *range(20, 31)]]

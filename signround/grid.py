@@ -131,9 +131,14 @@ class Grid:
         return 1 << (self.bits - 1)
 
     @property
+    def direct(self) -> bool:
+        """Whether every group has an fp16 scale of its own."""
+        return self.super_block is None and not self.power_of_two
+
+    @property
     def plain(self) -> bool:
         """Whether levels are even and every group has an fp16 scale of its own: all that most formats can hold."""
-        return self.super_block is None and self.codebook is None and not self.power_of_two
+        return self.direct and self.codebook is None
 
     def group_of(self, columns: int) -> int:
         """Inputs in one group for rows of `columns` weights."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,8 @@ def make_plan(
         for index in range(architecture.layers)
     )
     outer = architecture.outer()
+    if not any(grid.direct for name, (grid, _) in types.grids.items() if name != EMBEDDING):
+        tuning = replace(tuning, scale_iters=0, scale_rate=0.0)  # there is nothing that those steps could move
     plan = ModelPlan(
         model=checkpoint.folder.resolve().name,
         source_sha256=checkpoint.sha256,

@@ -1,9 +1,10 @@
 """What tuning gains on the bundled model, against figures measured once: a change that loses accuracy must not pass.
 
-Forty steps on the rounding and twenty on the scales, on 32 windows of 64 tokens that the model writes itself, in float32
-on one thread. `WORST` are the worst of five seeds of the tuner: the loss of each block and the perplexity on 16 windows
-that no tuning sees, both tuned over rounded. Between those seeds a block's ratio moved by 0.03 at most, the perplexity's
-by 0.013; `MARGIN` is half as much again. It is above noise, and below what a fault costs (see the last test).
+Forty steps on the rounding and twenty on the scales, on 32 windows of 64 tokens that the model writes itself, in
+float32 on one thread. `WORST` are the worst of five seeds of the tuner: the loss of each block and the perplexity on 16
+windows that no tuning sees, both tuned over rounded. Between those seeds a block's ratio moved by 0.03 at most, the
+perplexity's by 0.013; `MARGIN` is half as much again. It is above noise, and below what a fault costs (see the last
+test).
 """
 
 from __future__ import annotations

@@ -92,6 +92,12 @@ def test_the_zero_floor_is_in_grid_and_reason(folder: Path) -> None:
     assert next(plan_of(folder, "w4g32", zero_floor=1).layers()).grid.zero_floor == 0
 
 
+@pytest.mark.parametrize(("scheme", "learns"), [("w4g32", True), ("iq4_nl", True), ("q4_k", False), ("mxfp4", False)])
+def test_steps_on_the_scales_are_planned_where_a_scale_can_move(tmp_path: Path, scheme: str, learns: bool) -> None:
+    tuning = plan_of(write_small_model(tmp_path / "wide", hidden_size=256), scheme).tuning
+    assert (tuning.scale_iters > 0) == (tuning.scale_rate > 0) == learns
+
+
 def test_bits_per_weight_are_averaged_over_the_linears(folder: Path) -> None:
     assert plan_of(folder).bits_per_weight() == pytest.approx(4.5)
 

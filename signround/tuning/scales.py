@@ -3,9 +3,9 @@
     minimise over f of one block:   || B(W, X) - B(decode(codes, fp16(f * fields)), X') ||^2,   f = 1 at first, Adam
 
 While V learns, a scale that moves rounds its whole group anew, which sign steps cannot aim (docs/decisions.md); once
-the codes are settled, the loss is smooth in what multiplies them. Grids of one level learn; super-scales do not, since
-one of them moves 256 weights and gains nothing (docs/decisions.md), nor do zero points and power-of-two scales, which
-are integers. Not in the paper; AQLM tunes scales and codebooks of settled codes by block, arXiv 2401.06118.
+the codes are settled, the loss is smooth in what multiplies them. Direct scales learn (`Grid.direct`). Super-scales do
+not, since one of them moves 256 weights and gains nothing (docs/decisions.md), nor do zero points and power-of-two
+scales, which are integers. Not in the paper; AQLM (arXiv 2401.06118) tunes scales of settled codes by block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ScaledLayer:
         self.factors = {
             name: torch.ones(field.shape, device=device, requires_grad=True)
             for name, field in self._fields.items()
-            if field.dtype == torch.float16 and tensor.grid.super_block is None
+            if field.dtype == torch.float16 and tensor.grid.direct
         }
 
     def decoded(self) -> Tensor:

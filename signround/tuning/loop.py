@@ -51,8 +51,8 @@ def tune_block(
     picks, total = _batches(settings, problem.index), settings.iters + settings.scale_iters
     rounding, scales = torch.split(picks, [settings.iters, settings.scale_iters])
     _learn_rounding(problem, layers, settings, descent, rounding, lambda done: on_step(done, total))
-    learned = {name: layer.frozen() for name, layer in layers.items()}
-    learned = _learn_scales(problem, learned, settings, scales, lambda done: on_step(settings.iters + done, total))
+    settled = {name: layer.frozen() for name, layer in layers.items()}
+    learned = _learn_scales(problem, settled, settings, scales, lambda done: on_step(settings.iters + done, total))
     candidates = {
         name: {
             "tuned": learned[name],
@@ -88,10 +88,10 @@ def _learn_scales(
     picks: Tensor,
     on_check: Callable[[int], None],
 ) -> dict[str, QuantizedTensor]:
+    if not len(picks) or not any(tensor.grid.direct for tensor in tensors.values()):
+        return tensors
     layers = {name: ScaledLayer(tensor, problem.device) for name, tensor in tensors.items()}
     descent = ScaleDescent(list(layers.values()), settings.scale_rate)
-    if not len(picks) or not descent.parameters:
-        return tensors
     walk = _Walk(lambda: {name: layer.decoded() for name, layer in layers.items()}, descent.parameters, descent.step)
     _descend(walk, problem, picks, settings.batch_size, on_check)
     return {name: layer.frozen() for name, layer in layers.items()}

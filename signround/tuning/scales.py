@@ -50,17 +50,16 @@ class ScaledLayer:
 
 
 class ScaleDescent:
-    """Adam on the factors of some layers, in steps of `rate` times what is left of the way."""
+    """Adam on the factors of some layers, at least one of them direct, in steps of `rate` times what is left of the
+    way."""
 
     def __init__(self, layers: Sequence[ScaledLayer], rate: float) -> None:
         self.parameters = [factor for layer in layers for factor in layer.factors.values()]
         self._rate = rate
-        self._adam = torch.optim.Adam(self.parameters, lr=rate, eps=EPSILON) if self.parameters else None
+        self._adam = torch.optim.Adam(self.parameters, lr=rate, eps=EPSILON)
 
     def step(self, gradients: Sequence[Tensor], left: float) -> None:
         """One update in place, without a look at any value on the host."""
-        if self._adam is None:
-            return
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         for group in self._adam.param_groups:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signround.formats import grid_for
+from signround.tuning import loop
 from signround.tuning.loop import tune_block
 from signround.tuning.scales import ScaleDescent, ScaledLayer
 from signround.tuning.signround import descent_for
@@ -57,7 +58,15 @@ def test_gradients_are_finite_and_reach_every_factor(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(GRIDS) - set(ONE_LEVEL)))
 def test_super_scales_and_exponents_stay(name: str) -> None:
-    assert ScaleDescent([ScaledLayer(layer_of(GRIDS[name]).frozen(), CPU)], 0.01).parameters == []
+    assert ScaledLayer(layer_of(GRIDS[name]).frozen(), CPU).factors == {}
+
+
+def test_a_block_of_super_scales_passes_the_steps_on_scales_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed plans have steps on the scales, and blocks without a scale that could move: nothing is made for them."""
+    monkeypatch.setattr(loop, "ScaledLayer", None)
+    tensors = {"weight": layer_of(GRIDS["q4_k"]).frozen()}
+    picks = torch.zeros(3, 4, dtype=torch.int64)
+    assert loop._learn_scales(None, tensors, settings(), picks, lambda _: None) is tensors  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-9])
@@ -93,7 +102,7 @@ def test_scales_lower_the_loss_and_leave_the_codes(llama_folder: Path, scheme: s
     assert all(torch.equal(outcome.tensors[name].codes, without.tensors[name].codes) for name in tuned)
 
 
-def test_an_expert_without_tokens_stays(llama_folder: Path) -> None:
+def test_an_expert_without_tokens_stays() -> None:
     """Zero gradients from the first step on move nothing."""
     layer = ScaledLayer(layer_of(grid_for("w4g32")).frozen(), CPU)
     descent = ScaleDescent([layer], 0.01)

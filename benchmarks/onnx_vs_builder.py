@@ -1,6 +1,6 @@
 """Our ONNX decoder against the onnxruntime-genai builder's, of the same integers: size, export, loading, speed.
 
-    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--starts 24] [--rounds 3] [--json table.json]
+    python -m benchmarks.onnx_vs_builder MODEL_OR_ARTIFACT [...] [--starts 100] [--error 0.012] [--json table.json]
 
 For each model given and for one random Llama of about 130 million weights (hidden 1024, 8 layers, 32000 tokens, tied;
 `--no-random` leaves it out) one table: ours, the builder's, and their ratio, so that more than 1 is better for us in
@@ -13,13 +13,13 @@ every row. A Hugging Face folder is rounded to `--scheme` first (speed does not 
 - Export: a fresh process each, from the artifact and from the GPTQ folder; seconds from start to end of the process,
   imports included; peak resident memory (VmHWM) of the process, and what of it came after the imports.
 - Loading: a fresh process that has imported the runtime; seconds, and resident memory after it.
-- Speed: one process for each graph, asked in turn (ours, theirs, theirs, ours, ...) for `--rounds`, started anew
-  `--starts` times. Of each start the fastest repetition counts, since other work on a machine only ever adds time; of
-  the starts the lower quartile of seconds: where the pages of a process lie is luck, and about one start in three of
-  either graph is 1.3 times as slow as the others, in all of its repetitions. The median falls now among these, now
-  among the others, and the fastest start is a record that few others repeat. Prefill: one
-  sequence from an empty cache. Decode: one token behind `past` cached ones. Plain onnxruntime runs with bound
-  buffers, past and present in one where both graphs allow it, else concatenated in both.
+- Speed: pairs of processes, one for each graph, alive together and asked in turn (ours, theirs, theirs, ours, ...) for
+  `--rounds`. Of a process the fastest repetition counts, since other work on a machine only ever adds time. Where the
+  pages of a process lie is luck and moves it by a third, both of a pair often alike; so the ratio is the geometric mean
+  over the pairs, and its standard error (the +-) is that of the pairs' logarithms. New pairs start until all of these
+  errors are at most `--error`, at least 12 and at most `--starts`. Prefill: one sequence from an empty cache. Decode:
+  one token behind `past` cached ones. Plain onnxruntime runs with bound buffers, past and present in one where both
+  graphs allow it, else concatenated in both.
 
 Ends with code 1 when a target is missed: every speed >= 0.97 and one above 1, export peak memory <= 0.5 (printed as
 theirs over ours: >= 2), logits at most 1e-5 apart.
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -59,13 +60,15 @@ RANDOM = {
     "vocab_size": 32000,
 }
 SLOWEST, MEMORY = 0.97, 2.0
+FEWEST_STARTS = 12
 APART = 1e-5  # as between our graph and transformers
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table. `target` is the least allowed ratio; ratios above 1 are in our favour. `processor` is the
-    ratio of the processor's time, which other work on the machine disturbs less than the clock."""
+    ratio of the processor's time, which other work on the machine disturbs less than the clock; `error` is the standard
+    error of the ratio's logarithm."""
 
     name: str
     ours: float
@@ -74,6 +77,7 @@ class Row:
     more_is_better: bool = False
     target: float | None = None
     processor: float | None = None
+    error: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -86,7 +90,8 @@ class Row:
     def cells(self) -> list[str]:
         target = "" if self.target is None else f"{self.target:.2f}{', missed' if self.missed else ''}"
         processor = "" if self.processor is None else f"{self.processor:.2f}"
-        return [self.name, self._text(self.ours), self._text(self.theirs), f"{self.ratio:.2f}", processor, target]
+        ratio = f"{self.ratio:.2f}" if self.error is None else f"{self.ratio:.3f} +- {self.error:.3f}"
+        return [self.name, self._text(self.ours), self._text(self.theirs), ratio, processor, target]
 
     def _text(self, value: float) -> str:
         return (
@@ -119,7 +124,7 @@ class Worker:
             flush=True,
         )
         clock, processor = zip(*self._answer(), strict=True)
-        return {f"{work} {tokens}": min(clock), f"{work} {tokens} processor": min(processor)}
+        return {label(work, tokens): min(clock), f"{label(work, tokens)} processor": min(processor)}
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
@@ -138,7 +143,8 @@ def arguments() -> argparse.Namespace:
         "--rounds", type=int, default=3, help="of the speed, for each start; 2 to 10 s a round and model"
     )
     parser.add_argument("--export-rounds", type=int, default=3)
-    parser.add_argument("--starts", type=int, default=24, help="of the measured processes, for each runtime")
+    parser.add_argument("--starts", type=int, default=100, help="at most so many pairs of processes for each runtime")
+    parser.add_argument("--error", type=float, default=0.012, help="standard error at which no more pairs start")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -226,40 +232,62 @@ def logits_apart(folders: dict[str, Path]) -> float:
 
 def speed_rows(folders: dict[str, Path], runtime: str, options: argparse.Namespace) -> list[Row]:
     """Loading and speed in one runtime."""
-    loaded = no_figures()
-    starts: list[dict[str, dict[str, float]]] = []
+    loaded, pairs = no_figures(), Pairs()
     for start in range(options.starts):
         with ExitStack() as stack:
             workers = {}
             for maker in MAKERS if start % 2 == 0 else MAKERS[::-1]:
                 workers[maker] = stack.enter_context(Worker(runtime, folders[maker], options.threads))
                 keep_least(loaded[maker], workers[maker].loaded)
-            starts.append(no_figures())
-            in_turn(options.rounds, [asking(workers, *work) for work in WORKS], starts[-1])
+            least = no_figures()
+            in_turn(options.rounds, [asking(workers, *work) for work in WORKS], least)
+        pairs.add(least)
+        if start + 1 >= FEWEST_STARTS and all(pairs.error(label(*work)) <= options.error for work in WORKS):
+            break
     ours, theirs = loaded[OURS], loaded[THEIRS]
     rows = [
         Row(f"{runtime}: load", ours["seconds"], theirs["seconds"], "s"),
         Row(f"{runtime}: resident after load", ours["resident"], theirs["resident"], "bytes"),
     ]
-    typical = {maker: lower_quartiles([figures[maker] for figures in starts]) for maker in MAKERS}
-    return [*rows, *(speed_row(runtime, *work, typical) for work in WORKS)]
+    return [*rows, *(speed_row(runtime, *work, pairs) for work in WORKS)]
 
 
-def lower_quartiles(starts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of each figure, what a quarter of the starts stays below."""
-    return {name: float(np.quantile([figures[name] for figures in starts], 0.25)) for name in starts[0]}
+class Pairs:
+    """Seconds by maker and figure, of pairs of processes that were measured side by side."""
+
+    def __init__(self) -> None:
+        self._pairs: list[dict[str, dict[str, float]]] = []
+
+    def add(self, seconds: dict[str, dict[str, float]]) -> None:
+        """One pair."""
+        self._pairs.append(seconds)
+
+    def mean(self, maker: str, figure: str) -> float:
+        """Geometric, so that the ratio of two means is the mean of the ratios."""
+        return math.exp(float(np.mean([math.log(pair[maker][figure]) for pair in self._pairs])))
+
+    def error(self, figure: str) -> float:
+        """Standard error of the mean logarithm of the ratio; of at least two pairs."""
+        ratios = [math.log(pair[THEIRS][figure] / pair[OURS][figure]) for pair in self._pairs]
+        return float(np.std(ratios, ddof=1)) / math.sqrt(len(ratios))
 
 
 def asking(workers: dict[str, Worker], kind: str, tokens: int) -> Ask:
     return lambda maker: workers[maker].seconds(kind, tokens)
 
 
-def speed_row(runtime: str, kind: str, tokens: int, seconds: dict[str, dict[str, float]]) -> Row:
-    count, work = (tokens if kind == "prefill" else 1), f"{kind} {tokens}"
-    speeds = [count / seconds[maker][work] for maker in MAKERS]
-    processor = seconds[THEIRS][f"{work} processor"] / seconds[OURS][f"{work} processor"]
-    name = f"{runtime}: {kind} {tokens}" if kind == "prefill" else f"{runtime}: decode, past {tokens}"
-    return Row(name, *speeds, "tokens/s", more_is_better=True, target=SLOWEST, processor=processor)
+def label(kind: str, tokens: int) -> str:
+    """What a worker calls the seconds of this work."""
+    return f"{kind} {tokens}"
+
+
+def speed_row(runtime: str, kind: str, tokens: int, pairs: Pairs) -> Row:
+    count, work = (tokens if kind == "prefill" else 1), label(kind, tokens)
+    speeds = [count / pairs.mean(maker, work) for maker in MAKERS]
+    processor = pairs.mean(THEIRS, f"{work} processor") / pairs.mean(OURS, f"{work} processor")
+    name = f"{runtime}: {work}" if kind == "prefill" else f"{runtime}: decode, past {tokens}"
+    error = pairs.error(work)
+    return Row(name, *speeds, "tokens/s", more_is_better=True, target=SLOWEST, processor=processor, error=error)
 
 
 def compare(sources: dict[str, Path], folder: Path, options: argparse.Namespace) -> tuple[list[Row], float]:
@@ -320,7 +348,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
             sources = write_sources(model, Path(temporary), options.scheme)
             rows, apart = compare(sources, Path(temporary), options)
-        rounds = f"{options.starts} x {options.rounds} rounds"
+        rounds = f"up to {options.starts} pairs of processes, {options.rounds} rounds each"
         print(f"\n{name}, {options.threads} thread(s), {rounds}; logits: {apart:.1e} apart\n")
         print("\n".join(lines(rows)), flush=True)
         missed += [f"{name}: {failure}" for failure in failures(rows, apart)]

@@ -10,7 +10,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.onnx_vs_builder import Row, failures, in_turn, lines, no_figures, share_alike, state_head_size
+from benchmarks.onnx_vs_builder import (
+    Pairs,
+    Row,
+    failures,
+    in_turn,
+    lines,
+    no_figures,
+    share_alike,
+    speed_row,
+    state_head_size,
+)
 from benchmarks.onnx_vs_ort_quantizers import OURS, bits_per_weight, shape_of
 from benchmarks.onnx_vs_ort_quantizers import lines as quality_lines
 from benchmarks.onnx_worker import Bench, Seconds
@@ -37,6 +47,19 @@ def test_being_faster_nowhere_is_a_failure() -> None:
     assert failures([equal, slow, fast], 0.0) == ["decode"]
     assert failures([equal, fast], 9e-6) == []
     assert lines([fast])[2] == "| other | 101.0 tokens/s | 100.0 tokens/s | 1.01 | 1.50 | 0.97 |"
+
+
+def test_a_speed_is_the_mean_of_the_pairs_ratios() -> None:
+    """A slow pair counts as much as a fast one, whichever its own times are."""
+    pairs = Pairs()
+    for ours, theirs in ((1.0, 2.0), (8.0, 4.0), (0.5, 0.5)):
+        pair = {"decode 128": ours, "decode 128 processor": ours}
+        pairs.add({"signround": pair, "builder": {"decode 128": theirs, "decode 128 processor": 4 * ours}})
+    row = speed_row("raw", "decode", 128, pairs)
+    assert row.ratio == pytest.approx(1.0)
+    assert row.processor == pytest.approx(4.0)
+    assert row.error == pytest.approx(np.log(2) / np.sqrt(3))  # ratios of 2, 1/2 and 1
+    assert row.cells()[3] == "1.000 +- 0.400"
 
 
 @pytest.mark.parametrize("apart", [2e-5, float("nan")])

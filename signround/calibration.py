@@ -23,7 +23,7 @@ from signround.events import Listener, StageAdvanced
 from signround.files import sha256_of, written_whole
 from signround.loading import whole_model
 from signround.plan import CalibrationSpec
-from signround.recipes import TuningSettings
+from signround.recipes import TuningSettings, with_samples
 from signround.safetensors_stream import save_tensors
 
 EVALUATION_WINDOWS = 16  # windows that no tuning sees, for the perplexities of the report
@@ -165,12 +165,24 @@ def stream_tokens(spec: CalibrationSpec, source: str, tokenizer: Any, needed: in
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
+def fit_to_text(settings: TuningSettings, tokens: int, bos: int | None, least: int) -> TuningSettings:
+    """As many samples as a text of so many `tokens` has, some windows left unseen. Never fewer than `least`, which the
+    text may lack: `windows_of` then refuses it."""
+    windows = tokens // _body(settings, bos)
+    return with_samples(settings, min(settings.samples, max(windows - EVALUATION_WINDOWS, least)))
+
+
+def _body(settings: TuningSettings, bos: int | None) -> int:
+    """Tokens of the text in a window."""
+    return settings.seqlen - (bos is not None)
+
+
 def windows_of(tokens: Tensor, settings: TuningSettings, bos: int | None, source: str) -> CalibrationTokens:
     """Draw the windows by the seed. With `bos`, each window begins with it, as the model sees texts in use.
 
     Raises RefusedError when the stream is shorter than samples x seqlen tokens.
     """
-    body = settings.seqlen - (bos is not None)
+    body = _body(settings, bos)
     available = len(tokens) // body
     if available < settings.samples:
         raise refuse(

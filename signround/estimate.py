@@ -53,7 +53,11 @@ def describe(job: Job) -> dict[str, Any]:
         },
         "memory_bytes": memory_bytes(job),
         "seconds": tuning_seconds(job),
-        "notes": [*_expert_notes(plan), *(note for exporter in job.exporters for note in exporter.notes(plan))],
+        "notes": [
+            *job.notes,
+            *_expert_notes(plan),
+            *(note for exporter in job.exporters for note in exporter.notes(plan)),
+        ],
     }
 
 

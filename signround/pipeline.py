@@ -17,6 +17,7 @@ from signround.artifact import TOKENS, ArtifactWriter, QuantizedCheckpoint, arti
 from signround.calibration import (
     EVALUATION_WINDOWS,
     CalibrationTokens,
+    fit_to_text,
     kept_tokens,
     leading_bos,
     load_tokenizer,
@@ -39,7 +40,7 @@ from signround.measure import peak_memory, physical_memory, reset_peak_memory
 from signround.parity import LogitParity, Parity
 from signround.parity import verify as verify_files
 from signround.plan import ModelPlan, make_plan
-from signround.recipes import TuningSettings, fit_to_memory, settings_for
+from signround.recipes import TuningSettings, fit_to_memory, least_samples, settings_for
 from signround.report import REPORT_FILES, ExportResult, Perplexities, build_report, write_report
 from signround.runtimes.targets import kind_of
 from signround.runtimes.torch_blocks import float_model, rounded_model, tuned_model
@@ -61,6 +62,7 @@ class Job:
     out: Path
     tokens: CalibrationTokens | None = None  # of a calibration file: a text that is too short is refused at plan time
     importance: Importance | None = None  # of an importance matrix that the user gave
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -94,29 +96,40 @@ def prepare(
         context=architecture.context, samples=samples, seqlen=seqlen, iters=iters, batch_size=batch_size, seed=seed,
         experts=architecture.mixture is not None,
     )  # fmt: skip
-    tuning = fit_to_memory(tuning, architecture.hidden, physical_memory())
+    recipe_samples, least = tuning.samples, least_samples(tuning, samples)
+    tuning = fit_to_memory(tuning, architecture.hidden, physical_memory(), least)
     floor = max((exporter.zero_floor for exporter in exporters), default=0)
     plan = make_plan(
         checkpoint, scheme, tuning, read_spec(calibration), floor,
         mixes=bool(exporters) and all(exporter.file_types for exporter in exporters),
         overrides=parse_overrides(tensor_types), imatrix_sha256=_sha256_of_imatrix(imatrix, tuning),
     )  # fmt: skip
+    tokens: CalibrationTokens | None = None
+    unreadable: Sequence[Refusal] = ()
+    try:
+        tokenizer = load_tokenizer(checkpoint.folder)
+        if plan.calibration.source == "file":
+            plan, tokens = _fitted_to_text(plan, calibration, tokenizer, least)
+    except RefusedError as error:
+        unreadable = error.refusals
     refusals = [refusal for exporter in exporters for refusal in _format_refusals(exporter, plan)]
     if out is not None:
         refusals += _output_refusals(Path(out), plan, () if refusals else exporters)
     refusals += _self_writing_refusals(checkpoint, calibration)
     refusals += checkpoint.non_finite()
-    tokens = None
-    try:
-        tokenizer = load_tokenizer(checkpoint.folder)
-        if plan.calibration.source == "file":
-            tokens = _read_windows(plan, calibration, tokenizer)
-    except RefusedError as error:
-        refusals += error.refusals
+    refusals += unreadable
     if refusals:
         raise RefusedError(list(dict.fromkeys(refusals)))
     given = None if imatrix is None else _read_imatrix(Path(imatrix), exporters, plan)
-    return Job(checkpoint, plan, exporters, calibration, Path(out or "out"), tokens, given)
+    notes = _fewer_samples_notes(recipe_samples, tuning.samples, plan.tuning.samples)
+    return Job(checkpoint, plan, exporters, calibration, Path(out or "out"), tokens, given, notes)
+
+
+def _fewer_samples_notes(recipe: int, in_memory: int, in_text: int) -> tuple[str, ...]:
+    if in_text == recipe:
+        return ()
+    why = "the calibration text has no more" if in_text < in_memory else "more hidden states do not fit in memory"
+    return (f"{in_text} samples are tuned on where the recipe takes {recipe}: {why}",)
 
 
 def _sha256_of_imatrix(imatrix: str | Path | None, tuning: TuningSettings) -> str:
@@ -159,6 +172,14 @@ def tune(job: Job, on_event: Listener = silent) -> QuantizedCheckpoint:
         return writer.finish()
     finally:
         writer.close()
+
+
+def _fitted_to_text(plan: ModelPlan, source: str, tokenizer: Any, least: int) -> tuple[ModelPlan, CalibrationTokens]:
+    """The windows of a text file, and the plan with as many samples as it has. Raises RefusedError when it has fewer
+    than `least`."""
+    stream, bos = stream_tokens(plan.calibration, source, tokenizer, 0), leading_bos(tokenizer)
+    plan = replace(plan, tuning=fit_to_text(plan.tuning, len(stream), bos, least))
+    return plan, windows_of(stream, plan.tuning, bos, source)
 
 
 def _read_windows(plan: ModelPlan, source: str, tokenizer: Any) -> CalibrationTokens:

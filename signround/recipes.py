@@ -1,8 +1,9 @@
 """How hard to tune: the named recipes and the settings of one run. Values with their sources; chosen by measurement.
 
-The paper's defaults (arXiv 2309.05516 v5; AutoRound 0.16): 200 steps, batch 8, 128 samples, lr 1/steps falling linearly
-to 0. The draft (v1): 400 steps, lr 2.5e-3, no range tuning, float inputs, 512 samples of 512 tokens.
-docs/decisions.md holds the measurements behind the recipes of each device.
+The paper's defaults (arXiv 2309.05516 v5; AutoRound 0.16): 200 steps, batch 8, 128 samples of 2048 tokens, lr 1/steps
+falling linearly to 0. The draft (v1): 400 steps, lr 2.5e-3, no range tuning, float inputs, 512 samples of 512 tokens.
+Ours take more and shorter samples than the paper. docs/decisions.md holds the measurements behind the recipes of each
+device.
 """
 
 from __future__ import annotations
@@ -56,13 +57,14 @@ BATCH_SIZE = 8  # as in the paper
 SCALE_SHARE, SCALE_RATE = 0.5, 2e-3  # steps on the scales a step on the rounding, and their first size
 # (iters, samples, held_out, seqlen) a recipe and device
 _EFFORT: dict[tuple[str, Device], tuple[int, int, int, int]] = {
-    ("fast", "cpu"): (100, 64, 8, 256),
-    ("default", "cpu"): (200, 128, 8, 512),
-    ("best", "cpu"): (500, 256, 16, 512),
-    ("fast", "cuda"): (100, 128, 8, 512),
-    ("default", "cuda"): (200, 128, 8, 2048),
-    ("best", "cuda"): (500, 512, 16, 2048),
+    ("fast", "cpu"): (100, 256, 8, 256),
+    ("default", "cpu"): (200, 512, 8, 512),
+    ("best", "cpu"): (500, 1024, 16, 512),
+    ("fast", "cuda"): (100, 512, 8, 512),
+    ("default", "cuda"): (200, 512, 8, 1024),
+    ("best", "cuda"): (500, 1024, 16, 1024),
 }
+LEAST_SHARE = 4  # a recipe makes do with a quarter of its samples where text or memory has no room for more
 
 
 def settings_for(
@@ -94,7 +96,7 @@ def settings_for(
     if method == "signround-400":
         effort_iters = 400
     elif method == "rtn":
-        effort_iters, held_out = 0, 0
+        effort_iters, held_out, effort_samples = 0, 0, effort_samples // LEAST_SHARE  # they tell perplexities, no more
     settings = TuningSettings(
         method=method,
         recipe=recipe,
@@ -119,20 +121,44 @@ def hidden_copies(settings: TuningSettings) -> int:
     return {"rtn": 0, "signround": 2 + settings.lookahead, "signround-400": 3}[settings.method]
 
 
-def fit_to_memory(settings: TuningSettings, hidden: int, memory: int) -> TuningSettings:
+def least_samples(settings: TuningSettings, given: int | None) -> int:
+    """How few samples will do: as many as the user asked for, else a share of the recipe's."""
+    return settings.samples if given is not None else max(2, settings.samples // LEAST_SHARE)
+
+
+def fit_to_memory(settings: TuningSettings, hidden: int, memory: int, least: int) -> TuningSettings:
     """Let the two chains of hidden states (and one copy for the draft's float inputs, or for the targets of the block
-    that follows) take at most half of `memory` bytes: in float32 if they fit, else in bfloat16, else refused."""
-    elements = hidden_copies(settings) * settings.samples * settings.seqlen * hidden
-    if elements * 4 <= memory // 2:
+    that follows) take at most half of `memory` bytes: in float32 if they fit, else in bfloat16, else of fewer samples,
+    `least` or more, else refused."""
+    elements = hidden_copies(settings) * settings.seqlen * hidden  # of one sample
+    if elements * settings.samples * 4 <= memory // 2:
         return settings
-    if elements * 2 <= memory // 2:
-        return replace(settings, hidden_states="bf16")
+    samples = settings.samples
+    while samples > least and elements * samples * 2 > memory // 2:
+        samples = max(samples // 2, least)
+    if elements * samples * 2 <= memory // 2:
+        return replace(with_samples(settings, samples), hidden_states="bf16")
     raise refuse(
-        f"hidden states of {settings.samples} samples x {settings.seqlen} tokens need {elements * 2 / 1e9:.1f} GB, "
+        f"hidden states of {samples} samples x {settings.seqlen} tokens need {elements * samples * 2 / 1e9:.1f} GB, "
         f"half of this machine's memory is {memory / 2e9:.1f} GB",
         "use fewer --samples or a shorter --seqlen",
         "--samples",
     )
+
+
+def with_samples(settings: TuningSettings, samples: int) -> TuningSettings:
+    """So many samples, at most a quarter of them held out. Raises RefusedError where a step takes more of them than are
+    left to train on."""
+    held_out = min(settings.held_out, samples // 4 or 1)
+    training = samples - held_out
+    if settings.batch_size > training:
+        raise refuse(
+            f"{settings.batch_size} windows a step exceed the {training} windows to train on "
+            f"({samples} samples, {held_out} of them held out)",
+            "use more --samples or a smaller --batch-size",
+            "--batch-size",
+        )
+    return replace(settings, samples=samples, held_out=held_out)
 
 
 def _checked(settings: TuningSettings, seqlen: int | None, batch_size: int | None, context: int) -> TuningSettings:
@@ -146,18 +172,10 @@ def _checked(settings: TuningSettings, seqlen: int | None, batch_size: int | Non
             raise refuse(f"{value} is too small; allowed is {minimum} or more", "choose a larger number", flag)
     if seqlen is not None and seqlen > context:
         raise refuse(f"{seqlen} tokens exceed the model's context of {context}", f"use at most {context}", "--seqlen")
-    held_out = min(settings.held_out, settings.samples // 4 or 1) if settings.held_out else 0
+    settings = with_samples(settings, settings.samples)
     rate = 2.5e-3 if settings.method == "signround-400" else 1.0 / max(settings.iters, 1)
-    training = settings.samples - held_out
-    if batch_size is not None and batch_size > training:
-        raise refuse(
-            f"{batch_size} windows a step exceed the {training} windows to train on "
-            f"({settings.samples} samples, {held_out} of them held out)",
-            "use more --samples or a smaller --batch-size",
-            "--batch-size",
-        )
-    chosen = min(BATCH_SIZE, training) if batch_size is None else batch_size
-    settings = replace(settings, held_out=held_out, learning_rate=rate, batch_size=chosen)
+    chosen = settings.batch_size or min(BATCH_SIZE, settings.samples - settings.held_out)
+    settings = replace(settings, learning_rate=rate, batch_size=chosen)
     if settings.method != "signround":
         return settings
     return replace(settings, scale_iters=math.ceil(settings.iters * SCALE_SHARE), scale_rate=SCALE_RATE)

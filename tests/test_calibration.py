@@ -17,6 +17,7 @@ from signround.calibration import (
     EVALUATION_WINDOWS,
     CalibrationTokens,
     file_pieces,
+    fit_to_text,
     kept_tokens,
     leading_bos,
     load_tokenizer,
@@ -116,6 +117,23 @@ def test_too_short_a_text_is_refused_with_numbers() -> None:
     windows_of(stream, settings(samples=6), bos=0, source="t.txt")  # and that advice works
     with pytest.raises(RefusedError, match=r"has 20 tokens, .*; give a longer text\.$"):
         windows_of(torch.arange(20), settings(samples=8), bos=None, source="t.txt")
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+def test_a_recipe_takes_what_the_text_has(bos: int | None) -> None:
+    """Some windows stay unseen, but not at the cost of the least that will do; a shorter text is refused."""
+    asked = settings(samples=100)
+    body = 16 - (bos is not None)
+
+    def found(windows: int) -> int:
+        return fit_to_text(asked, windows * body + 3, bos, least=25).samples
+
+    assert [found(windows) for windows in (500, 116, 115, 60, 41, 40, 25, 24)] == [100, 100, 99, 44, 25, 25, 25, 25]
+    fewer = fit_to_text(asked, 60 * body, bos, least=25)
+    tokens = windows_of(torch.arange(60 * body), fewer, bos, "t.txt")
+    assert (len(tokens.tuning), len(tokens.evaluation), tokens.reused) == (44, EVALUATION_WINDOWS, False)
+    with pytest.raises(RefusedError, match=r"are needed \(25 samples of 16\).*--samples 24"):
+        windows_of(torch.arange(24 * body), fit_to_text(asked, 24 * body, bos, least=25), bos, "t.txt")
 
 
 def test_other_encodings_are_refused(tmp_path: Path) -> None:

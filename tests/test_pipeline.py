@@ -14,10 +14,14 @@ import torch
 import signround
 from signround import pipeline
 from signround.artifact import QuantizedCheckpoint
+from signround.calibration import EVALUATION_WINDOWS
 from signround.errors import FailedError, RefusedError
+from signround.estimate import describe
 from signround.evaluate import Score
 from signround.events import BlockTuned, Event, Notice, StageStarted
 from signround.parity import Gate, LogitParity, Parity, WeightParity
+from signround.pipeline import prepare
+from signround.recipes import settings_for
 from tests.small_artifacts import write_rounded_artifact
 from tests.small_models import write_small_model
 
@@ -45,6 +49,46 @@ def test_every_method_on_several_families(family: str, scheme: str, method: str,
 
 def model_type(family: str) -> str:
     return family.split("-", maxsplit=1)[0]
+
+
+SENTENCE = "The quick brown fox jumps over the lazy dog.\n"
+
+
+def test_a_recipe_is_cut_to_the_text(llama_folder: Path, tmp_path: Path) -> None:
+    """A text that is shorter than the recipe would like is used up, and the plan says so; a number that the user gave
+    is not touched."""
+    recipe = settings_for("signround", "fast", context=512).samples
+    text = tmp_path / "text.txt"
+    text.write_text(SENTENCE * 700)
+    request: dict[str, Any] = {"calibration": str(text), "recipe": "fast", "seqlen": 128}
+    job = prepare(llama_folder, "w4g32", None, **request)
+    samples = job.plan.tuning.samples
+    assert recipe // 4 < samples < recipe
+    assert job.tokens is not None
+    assert job.tokens.tuning.shape == (samples, 128)
+    assert len(job.tokens.evaluation) == EVALUATION_WINDOWS
+    (note,) = job.notes
+    assert note == f"{samples} samples are tuned on where the recipe takes {recipe}: the calibration text has no more"
+    assert note in describe(job)["notes"]
+    assert prepare(llama_folder, "w4g32", None, **request).plan.fingerprint == job.plan.fingerprint
+    with pytest.raises(RefusedError, match=rf"are needed \({recipe} samples of 128\)"):
+        prepare(llama_folder, "w4g32", None, samples=recipe, **request)
+    for short in ({"samples": 8}, {"seqlen": 16}):
+        assert not prepare(llama_folder, "w4g32", None, **(request | short)).notes
+
+
+def test_a_recipe_is_cut_to_the_memory(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(SENTENCE * 1000)
+    request: dict[str, Any] = {"calibration": str(text), "recipe": "fast", "seqlen": 16}
+    whole = prepare(llama_folder, "w4g32", None, **request)
+    need = 2 * whole.plan.tuning.samples * 16 * 128 * 2  # of both chains in bfloat16
+    monkeypatch.setattr(pipeline, "physical_memory", lambda: need)
+    half = prepare(llama_folder, "w4g32", None, **request)
+    assert (half.plan.tuning.samples, half.plan.tuning.hidden_states) == (whole.plan.tuning.samples // 2, "bf16")
+    (note,) = half.notes
+    assert note.endswith(": more hidden states do not fit in memory")
+    assert not whole.notes
 
 
 def test_a_text_of_the_user_is_evaluated(llama_folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from signround.errors import RefusedError
-from signround.recipes import METHODS, RECIPES, TuningSettings, fit_to_memory, settings_for
+from signround.recipes import (
+    METHODS,
+    RECIPES,
+    TuningSettings,
+    fit_to_memory,
+    least_samples,
+    settings_for,
+    with_samples,
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,9 +96,37 @@ def test_an_absent_device_is_refused_with_the_way_out() -> None:
 
 def test_hidden_states_shrink_to_bf16_and_then_are_refused() -> None:
     settings = settings_for(context=512, samples=100, seqlen=100)
+    least = least_samples(settings, 100)
     need = 3 * 100 * 100 * 64 * 4  # two chains and the targets of the next block, in float32
-    assert fit_to_memory(settings, 64, 2 * need).hidden_states == "fp32"
-    assert fit_to_memory(settings, 64, 2 * need - 2).hidden_states == "bf16"
-    assert fit_to_memory(settings, 64, need).hidden_states == "bf16"
-    with pytest.raises(RefusedError, match="fewer --samples"):
-        fit_to_memory(settings, 64, need - 2)
+    assert fit_to_memory(settings, 64, 2 * need, least).hidden_states == "fp32"
+    assert fit_to_memory(settings, 64, 2 * need - 2, least).hidden_states == "bf16"
+    assert fit_to_memory(settings, 64, need, least).hidden_states == "bf16"
+    with pytest.raises(RefusedError, match=r"100 samples x 100 tokens.*fewer --samples"):
+        fit_to_memory(settings, 64, need - 2, least)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "default", "best"])
+def test_a_recipe_makes_do_with_a_quarter_of_its_samples(recipe: str) -> None:
+    """Half and half again, where memory has no room for more; what the user asked for stays, or is refused."""
+    settings = settings_for("signround", recipe, context=4096)
+    least = least_samples(settings, None)
+    assert least == settings.samples // 4
+    need = (2 + settings.lookahead) * settings.samples * settings.seqlen * 64 * 2  # in bfloat16
+    half, quarter = (fit_to_memory(settings, 64, 2 * need // share, least) for share in (2, 4))
+    assert [each.samples for each in (half, quarter)] == [settings.samples // 2, least]
+    assert half.hidden_states == quarter.hidden_states == "bf16"
+    assert quarter.held_out == settings.held_out  # what is left for the steps shrinks first
+    for memory, fewest in ((2 * need // 4 - 2, least), (2 * need // 2, least_samples(settings, settings.samples))):
+        with pytest.raises(RefusedError, match=f"of {fewest} samples"):
+            fit_to_memory(settings, 64, memory, fewest)
+
+
+def test_fewer_samples_leave_enough_for_a_step() -> None:
+    settings = settings_for(context=512, batch_size=400)
+    assert with_samples(settings, 408).samples == 408
+    with pytest.raises(RefusedError, match=r"400 windows a step exceed the 120 windows .*128 samples, 8 of them"):
+        with_samples(settings, 128)
+
+
+def test_rounding_reads_few_windows() -> None:
+    assert settings_for("rtn", context=512).samples == settings_for(context=512).samples // 4

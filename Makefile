@@ -19,7 +19,7 @@ install: .venv/.installed
 	touch $@
 
 demo: install
-	$(BIN)/signround quantize examples/llama-4m --scheme w4g32 --to gguf --to onnx --to gptq --iters 100 -o demo
+	$(BIN)/signround quantize examples/llama-4m --scheme w4g32 --to gguf --to onnx --to gptq --iters 100 --samples 128 -o demo
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

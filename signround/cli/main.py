@@ -42,7 +42,10 @@ Setting = Annotated[
 Method = Annotated[str, typer.Option(help="signround, signround-400 (the paper's first draft) or rtn.")]
 Recipe = Annotated[str, typer.Option(help="fast, default or best.")]
 Calibration = Annotated[str, typer.Option(help="A text file, hub:NAME, or self: text that the model writes.")]
-Samples = Annotated[int | None, typer.Option(help="Calibration windows; the recipe's number if not given.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Calibration windows; if not given, the recipe's number, fewer if text or memory is short."),
+]
 Seqlen = Annotated[int | None, typer.Option(help="Tokens a window.")]
 Iters = Annotated[int | None, typer.Option(help="Tuning steps a block.")]
 BatchSize = Annotated[int | None, typer.Option(help="Windows a step.")]

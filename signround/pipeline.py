@@ -62,7 +62,7 @@ class Job:
     out: Path
     tokens: CalibrationTokens | None = None  # of a calibration file: a text that is too short is refused at plan time
     importance: Importance | None = None  # of an importance matrix that the user gave
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what the user did not ask for, sentences
 
 
 def prepare(
@@ -275,6 +275,8 @@ def run(job: Job, text: Path | None = None, on_event: Listener = silent) -> dict
     if finished is not None:
         on_event(Notice("this job is done already, every file is in place; delete the -o folder to start again"))
         return finished
+    for note in job.notes:
+        on_event(Notice(note))
     artifact = tune(job, on_event)
     windows, name = unseen or _spare_windows(job)
     perplexities = _perplexities(job, artifact, windows, name, on_event)

@@ -70,6 +70,9 @@ def test_a_recipe_is_cut_to_the_text(llama_folder: Path, tmp_path: Path) -> None
     (note,) = job.notes
     assert note == f"{samples} samples are tuned on where the recipe takes {recipe}: the calibration text has no more"
     assert note in describe(job)["notes"]
+    events: list[Event] = []
+    signround.quantize(llama_folder, "w4g32", tmp_path / "out", **request, iters=1, on_event=events.append)
+    assert Notice(note) in events
     assert prepare(llama_folder, "w4g32", None, **request).plan.fingerprint == job.plan.fingerprint
     with pytest.raises(RefusedError, match=rf"are needed \({recipe} samples of 128\)"):
         prepare(llama_folder, "w4g32", None, samples=recipe, **request)

@@ -129,7 +129,7 @@ def _fewer_samples_notes(recipe: int, in_memory: int, in_text: int) -> tuple[str
     if in_text == recipe:
         return ()
     why = "the calibration text has no more" if in_text < in_memory else "more hidden states do not fit in memory"
-    return (f"{in_text} samples are tuned on where the recipe takes {recipe}: {why}",)
+    return (f"{in_text} samples are taken instead of the recipe's {recipe}: {why}",)
 
 
 def _sha256_of_imatrix(imatrix: str | Path | None, tuning: TuningSettings) -> str:
@@ -183,7 +183,7 @@ def _fitted_to_text(plan: ModelPlan, source: str, tokenizer: Any, least: int) ->
 
 
 def _read_windows(plan: ModelPlan, source: str, tokenizer: Any) -> CalibrationTokens:
-    """Calibration windows of a file or a hub data set. Raises RefusedError when the text is too short."""
+    """Calibration windows of a hub data set, when the work begins. Raises RefusedError when it is too short."""
     needed = (plan.tuning.samples + EVALUATION_WINDOWS) * plan.tuning.seqlen
     stream = stream_tokens(plan.calibration, source, tokenizer, needed)
     return windows_of(stream, plan.tuning, leading_bos(tokenizer), source)

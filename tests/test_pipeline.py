@@ -68,7 +68,7 @@ def test_a_recipe_is_cut_to_the_text(llama_folder: Path, tmp_path: Path) -> None
     assert job.tokens.tuning.shape == (samples, 128)
     assert len(job.tokens.evaluation) == EVALUATION_WINDOWS
     (note,) = job.notes
-    assert note == f"{samples} samples are tuned on where the recipe takes {recipe}: the calibration text has no more"
+    assert note == f"{samples} samples are taken instead of the recipe's {recipe}: the calibration text has no more"
     assert note in describe(job)["notes"]
     events: list[Event] = []
     signround.quantize(llama_folder, "w4g32", tmp_path / "out", **request, iters=1, on_event=events.append)
